@@ -1,0 +1,126 @@
+"""The demo VLM before training: transformers' own Qwen2-VL classes with a small config, a tokenizer made offline.
+
+Sizes are chosen so that every path of the toolchain is walked: grouped keys and values, a tied head, a patch embedding
+whose 1,176 inputs are no multiple of 16, heads of 64, and dynamic resolution.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from toolchain.demo import task
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VOCAB_SIZE = 512
+MIN_PIXELS = 56 * 56
+MAX_PIXELS = 168 * 168
+
+# One turn of user content, images as <|image_pad|>, as in Qwen2-VL's template without the system line.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(seed: int = 0, sentences: int = 20_000) -> Tokenizer:
+    """A byte-level BPE of VOCAB_SIZE entries, trained on the task's own questions and answers."""
+    rng = np.random.default_rng(seed)
+    corpus = ["<|im_start|>user\n", "<|im_start|>assistant\n"]
+    for _ in range(sentences):
+        scene = task.random_scene(rng)
+        corpus.extend(task.ask(scene, rng)[1:])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def demo_config(tokenizer: Tokenizer):
+    """transformers.Qwen2VLConfig of the demo model: 4 vision blocks of 128, 6 decoder layers of 256, tied head."""
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        text_config={
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]},
+            "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+            "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+            "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 4,
+            "embed_dim": 128,
+            "hidden_size": 256,
+            "num_heads": 4,
+            "mlp_ratio": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def build_model(tokenizer: Tokenizer, seed: int = 0):
+    """A randomly initialised Qwen2VLForConditionalGeneration (float32) of the demo's config."""
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    return Qwen2VLForConditionalGeneration(demo_config(tokenizer))
+
+
+def save_processor_files(tokenizer: Tokenizer, folder) -> None:
+    """Write tokenizer, image processor, chat template and generation config the way a published checkpoint has them."""
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
+        model_max_length=1024,
+        padding_side="left",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS).save_pretrained(folder)
+    GenerationConfig(
+        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
+        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        do_sample=False,
+    ).save_pretrained(folder)

@@ -1,0 +1,139 @@
+"""The generation loop over three graphs, shared by every backend: vision, embed, decoder, one token at a time.
+
+A graph is anything that maps named arrays to named arrays. Keys and values live in one preallocated buffer per layer
+with the sequence outermost, so that its filled prefix is a contiguous array and nothing is ever concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.device.families.base import Feeds, Host, Prepared, PromptBatch
+from toolchain.errors import UsageError
+
+Graph = Callable[[Feeds], Feeds]
+Graphs = Mapping[str, Graph]  # "vision", "embed", "decoder"
+Watcher = Callable[[str, Feeds, Feeds], None]  # (graph name, inputs, outputs) of every call
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Keys and values of one decoder: layers of [sequence, batch, kv_heads, head_dim] float32."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class KeyValueCache:
+    """Preallocated keys and values, filled from the front."""
+
+    def __init__(self, shape: CacheShape, batch: int, capacity: int) -> None:
+        size = (shape.layers, 2, capacity, batch, shape.kv_heads, shape.head_dim)
+        self._buffer = np.zeros(size, dtype=np.float32)
+        self.length = 0
+
+    def feeds(self) -> Feeds:
+        """past.{layer}.key and past.{layer}.value: views of the filled prefix."""
+        return {
+            f"past.{layer}.{name}": self._buffer[layer, which, : self.length]
+            for layer in range(self._buffer.shape[0])
+            for which, name in enumerate(("key", "value"))
+        }
+
+    def append(self, outputs: Feeds) -> None:
+        """Copy present.{layer}.* (the new positions only) to the end of the buffer."""
+        added = outputs["present.0.key"].shape[0]
+        for layer in range(self._buffer.shape[0]):
+            for which, name in enumerate(("key", "value")):
+                self._buffer[layer, which, self.length : self.length + added] = outputs[f"present.{layer}.{name}"]
+        self.length += added
+
+
+class Decoding:
+    """One batch of prompts on its way through the graphs: `prefill`, then `step` with the tokens that were chosen."""
+
+    def __init__(
+        self, host: Host, graphs: Graphs, prompts: list[Prepared], max_new_tokens: int, watch: Watcher | None = None
+    ):
+        self.host, self.graphs, self.watch = host, graphs, watch
+        self.batch: PromptBatch = host.collate(prompts)
+        shape = CacheShape(**host.settings["decoder"]["cache"])
+        length = self.batch.input_ids.shape[1]
+        limit = host.settings["decoder"]["max_context"]
+        if length + max_new_tokens > limit:
+            raise UsageError(
+                f"prompt of {length} tokens (pictures included) and {max_new_tokens} new ones exceed the context of "
+                f"{limit}; shorten the prompt, use a smaller picture, or ask for fewer tokens"
+            )
+        self.cache = KeyValueCache(shape, len(prompts), length + max_new_tokens)
+        self.mask = self.batch.attention_mask
+        self.steps = 0
+
+    def prefill(self) -> NDArray[np.float32]:
+        """Logits float32[B, vocabulary] of the first new token of every prompt."""
+        features = [
+            self._run("vision", feeds)["image_features"] for p in self.batch.prompts for feeds in p.vision_feeds
+        ]
+        hidden = self.host.settings["decoder"]["hidden"]
+        merged = np.concatenate([np.zeros((0, hidden), dtype=np.float32), *features])
+        return self._decode(self.batch.input_ids, merged, self.batch.positions)
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits float32[B, vocabulary] after one more token int64[B] per prompt."""
+        first = np.array([p.next_position for p in self.batch.prompts], dtype=np.int64) + self.steps
+        positions = np.broadcast_to(first[None, :, None], (self.host.axes, len(first), 1))
+        self.mask = np.concatenate([self.mask, np.ones((len(first), 1), dtype=np.int64)], axis=1)
+        self.steps += 1
+        hidden = self.host.settings["decoder"]["hidden"]
+        return self._decode(tokens[:, None], np.zeros((0, hidden), dtype=np.float32), np.ascontiguousarray(positions))
+
+    def _decode(self, ids: NDArray, features: NDArray, positions: NDArray) -> NDArray[np.float32]:
+        embeds = self._run("embed", {"input_ids": ids, "image_features": features})["inputs_embeds"]
+        feeds = {
+            "inputs_embeds": embeds,
+            "attention_mask": self.mask,
+            "position_ids": positions if self.host.axes > 1 else positions[0],
+        }
+        outputs = self._run("decoder", feeds | self.cache.feeds())
+        self.cache.append(outputs)
+        return outputs["logits"]
+
+    def _run(self, name: str, feeds: Feeds) -> Feeds:
+        outputs = self.graphs[name](feeds)
+        if self.watch:
+            self.watch(name, feeds, outputs)
+        return outputs
+
+
+def greedy(
+    host: Host,
+    graphs: Graphs,
+    prompts: list[Prepared],
+    max_new_tokens: int,
+    on_token: Callable[[int, int], None] | None = None,
+    watch: Watcher | None = None,
+) -> list[list[int]]:
+    """Token ids of each prompt's greedy answer, the stop token included where one was reached.
+
+    `on_token(prompt, id)` is called as tokens appear; `watch` sees every graph call.
+    """
+    decoding = Decoding(host, graphs, prompts, max_new_tokens, watch)
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = np.zeros(len(prompts), dtype=bool)
+    logits = decoding.prefill()
+    for step in range(max_new_tokens):
+        tokens = logits.argmax(axis=-1).astype(np.int64)
+        for i in np.flatnonzero(~finished):
+            answers[i].append(int(tokens[i]))
+            finished[i] = tokens[i] in host.stop_ids
+            if on_token:
+                on_token(int(i), int(tokens[i]))
+        if finished.all() or step + 1 == max_new_tokens:
+            break
+        logits = decoding.step(np.where(finished, host.pad_id, tokens))
+    return answers

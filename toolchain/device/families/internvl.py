@@ -1,0 +1,52 @@
+"""InternVL's host half: pictures cut into square tiles of one size plus a thumbnail, plain positions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from toolchain.device.families.base import Host, Prepared
+
+
+class InternVLHost(Host):
+    axes = 1
+
+    def prepare(self, image: Image.Image | None, prompt: str) -> Prepared:
+        text = self.chat_text(prompt, image is not None)
+        feeds: tuple = ()
+        if image is not None:
+            tiles = self.tiles(image)
+            tokens = self.settings["image"]["tokens_per_tile"] * tiles.shape[0]
+            start, end = self.settings["tokens"]["image_start"], self.settings["tokens"]["image_end"]
+            text = text.replace(self.image_token, start + self.image_token * tokens + end)
+            feeds = ({"pixel_values": tiles},)
+        ids = self.encode(text)
+        return Prepared(feeds, ids, np.arange(len(ids), dtype=np.int64)[None], len(ids))
+
+    def tiles(self, image: Image.Image) -> NDArray[np.float32]:
+        """float32[T, 3, side, side]: tiles in reading order, then the whole picture as a thumbnail when T > 1."""
+        settings = self.settings["image"]
+        side = settings["tile"]
+        columns, rows = tile_grid(image.width, image.height, side, settings["min_tiles"], settings["max_tiles"])
+        canvas = image.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+        boxes = [(c * side, r * side, (c + 1) * side, (r + 1) * side) for r in range(rows) for c in range(columns)]
+        pieces = [canvas.crop(box) for box in boxes]
+        if len(pieces) > 1:
+            pieces.append(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+        pixels = np.stack([np.asarray(p, dtype=np.float32).transpose(2, 0, 1) for p in pieces]) / np.float32(255)
+        mean, std = (np.asarray(settings[k], dtype=np.float32)[:, None, None] for k in ("mean", "std"))
+        return (pixels - mean) / std
+
+
+def tile_grid(width: int, height: int, side: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) of tiles: nearest the picture's shape; of equally near ones, the larger that it half fills."""
+    shapes = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1)]
+    shapes = sorted((s for s in shapes if min_tiles <= s[0] * s[1] <= max_tiles), key=lambda s: s[0] * s[1])
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in shapes:
+        distance = abs(width / height - columns / rows)
+        fills_half = width * height > 0.5 * side * side * columns * rows
+        if distance < best_distance or (distance == best_distance and fills_half):
+            best, best_distance = (columns, rows), distance
+    return best

@@ -1,0 +1,4 @@
+"""What the workstation knows about families of VLMs: one file each, and nothing about families anywhere else.
+
+The half of a family that the board needs too (pictures, prompts, positions) is in `toolchain.device.families`.
+"""

@@ -1,0 +1,251 @@
+"""The questions a family answers. Everything a stage needs to know about a model, it asks here.
+
+Questions about a checkpoint's config are answered without torch; questions about a loaded model import it.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.device.families import HOSTS, Host
+from toolchain.device.families.base import open_image
+from toolchain.errors import InputDataError, UnsupportedError
+from toolchain.values import LayerSpec, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolchain.geometry import ModelGeometry
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph to export: what is traced, with what, and what its inputs and outputs are called.
+
+    `taps` are the output names, last in `output_names`, that exist for validation only. `dynamic_shapes` is what
+    torch.export takes: one entry per input.
+    """
+
+    name: str
+    module: torch.nn.Module
+    args: tuple
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_shapes: tuple
+    taps: tuple[str, ...] = ()
+
+
+class Processor:
+    """Samples to model inputs on the workstation, through the same host code that runs on the board."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def model_inputs(self, sample: Sample, with_answer: bool = False) -> dict[str, torch.Tensor]:
+        """Keyword arguments of `model(...)` for one sample, batch of 1; the answer's ids follow if asked for.
+
+        Raises:
+            InputDataError: the picture cannot be read.
+        """
+        import numpy as np
+        import torch
+
+        prepared = self.host.prepare(open_image(sample.image), sample.prompt)
+        ids = prepared.input_ids
+        if with_answer and sample.answer:
+            answer = self.host.encode(sample.answer)
+            ids = np.concatenate([ids, answer, np.asarray(self.host.stop_ids[:1], dtype=np.int64)])
+        inputs = {
+            "input_ids": torch.from_numpy(ids)[None],
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+        }
+        return inputs | self._image_inputs(prepared, inputs["input_ids"])
+
+    def _image_inputs(self, prepared, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        import numpy as np
+        import torch
+
+        if not prepared.vision_feeds:
+            return {}
+        pixels = torch.from_numpy(np.concatenate([f["pixel_values"] for f in prepared.vision_feeds]))
+        extra: dict[str, torch.Tensor] = {"pixel_values": pixels}
+        if "position_ids" in prepared.vision_feeds[0]:
+            grids = [f["position_ids"].max(axis=0) + 1 for f in prepared.vision_feeds]
+            extra["image_grid_thw"] = torch.tensor([[1, int(rows), int(columns)] for rows, columns in grids])
+            extra["mm_token_type_ids"] = (ids == self.host.image_token_id).int()
+        return extra
+
+    def is_image(self, ids: torch.Tensor) -> torch.Tensor:
+        """bool, same shape: which positions hold picture features."""
+        return ids == self.host.image_token_id
+
+
+class Family(ABC):
+    """One family of VLMs."""
+
+    name: str
+    model_types: tuple[str, ...]
+
+    @abstractmethod
+    def layers(self, config: Config) -> tuple[LayerSpec, ...]:
+        """Every weight that can be quantized, in the order of the forward pass; from config.json alone."""
+
+    @abstractmethod
+    def geometry(self, config: Config) -> ModelGeometry:
+        """The sizes the memory plan and the latency model need; from config.json alone."""
+
+    @abstractmethod
+    def host_settings(self, config: Config, folder: Path) -> dict[str, Any]:
+        """The content of host.json for a checkpoint folder.
+
+        Raises:
+            InputDataError: a processor file is missing or lacks a key.
+        """
+
+    @abstractmethod
+    def graphs(self, model: torch.nn.Module) -> list[GraphSpec]:
+        """The graphs of a loaded model: vision, embed, decoder."""
+
+    @abstractmethod
+    def profiles(self, config: Config, folder: Path) -> dict[str, dict[str, list[list[int]]]]:
+        """Graph → input → [smallest, usual, largest] shape, for engine builders."""
+
+    def load_host(self, config: Config, folder: Path) -> Host:
+        """The host half for a checkpoint folder."""
+        template, tokenizer = chat_template(folder), folder / "tokenizer.json"
+        if not tokenizer.is_file():
+            raise InputDataError(f"{folder}: expected tokenizer.json; copy it from the published checkpoint")
+        return HOSTS[self.name](self.host_settings(config, folder), tokenizer.read_bytes(), template)
+
+    def load_processor(self, folder: Path) -> Processor:
+        return Processor(self.load_host(read_config(folder), folder))
+
+
+def family_for(config: Config) -> Family:
+    """The family of a checkpoint's config.json.
+
+    Raises:
+        UnsupportedError: `model_type` belongs to no family known here.
+    """
+    from toolchain.models.internvl import InternVL
+    from toolchain.models.qwen2_vl import Qwen2VL
+
+    families: list[Family] = [Qwen2VL(), InternVL()]
+    found = config.get("model_type")
+    for family in families:
+        if found in family.model_types:
+            return family
+    known = sorted(t for f in families for t in f.model_types)
+    raise UnsupportedError(f"config.json: model_type {found!r} is not supported; mgvq knows {known} (mgvq models)")
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        InputDataError: the folder or the file is missing, or it is not JSON.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputDataError(f"checkpoint {folder} does not exist; expected a folder with config.json and safetensors")
+    if not path.is_file():
+        raise InputDataError(f"checkpoint {folder} has no config.json; expected a transformers checkpoint folder")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; InputDataError when it is something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputDataError(f"{path}: expected a JSON object ({error}); copy the file again") from None
+    if not isinstance(data, dict):
+        raise InputDataError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """The image processor's settings, from preprocessor_config.json or the image part of processor_config.json."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            data = read_json(folder / name)
+            return data.get("image_processor", data)
+    raise InputDataError(f"{folder}: expected preprocessor_config.json or processor_config.json; copy it from the hub")
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template: chat_template.jinja, chat_template.json, or the one inside tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    raise InputDataError(f"{folder}: no chat template; expected chat_template.jinja or one in tokenizer_config.json")
+
+
+def stop_ids(config: Config, folder: Path) -> list[int]:
+    """Token ids that end an answer, from generation_config.json, else from config.json."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    found = found if found is not None else text_config(config).get("eos_token_id")
+    if found is None:
+        raise InputDataError(f"{folder}: no eos_token_id in generation_config.json or config.json")
+    return [found] if isinstance(found, int) else list(found)
+
+
+def text_config(config: Config) -> Config:
+    """The decoder's part of a config: nested since transformers 5, flat in older published checkpoints."""
+    return config.get("text_config") or config
+
+
+def head_dim(text: Config) -> int:
+    return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+
+
+def decoder_layers(text: Config, prefix: str, first_order: int, biases: bool) -> list[LayerSpec]:
+    """The linears of a Llama-shaped decoder (Qwen2, Llama, InternLM once split): seven a block, two fused groups."""
+    hidden, inner = text["hidden_size"], text["intermediate_size"]
+    queries = text["num_attention_heads"] * head_dim(text)
+    keys = text["num_key_value_heads"] * head_dim(text)
+    specs = []
+    for i in range(text["num_hidden_layers"]):
+        block, order = f"{prefix}.layers.{i}", first_order + i
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            specs.append(_linear(f"{block}.self_attn.{name}", rows, hidden, f"{block}.self_attn.qkv", order, biases))
+        specs.append(_linear(f"{block}.self_attn.o_proj", hidden, queries, None, order, False))
+        for name in ("gate_proj", "up_proj"):
+            specs.append(_linear(f"{block}.mlp.{name}", inner, hidden, f"{block}.mlp.gate_up", order, False))
+        specs.append(_linear(f"{block}.mlp.down_proj", hidden, inner, None, order, False))
+    return specs
+
+
+def _linear(name: str, rows: int, columns: int, group: str | None, order: int, bias: bool) -> LayerSpec:
+    return LayerSpec(name, "language", "linear", rows, columns, group or name, order, bias)
+
+
+def embedding_and_head(text: Config, config: Config, embedding: str, head: str, last_order: int) -> list[LayerSpec]:
+    """The token embedding (swept first) and the LM head (last), which shares the embedding's codes when tied."""
+    rows, columns = text["vocab_size"], text["hidden_size"]
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    return [
+        LayerSpec(embedding, "embedding", "embedding", rows, columns, embedding, 0),
+        LayerSpec(
+            head,
+            "head",
+            "linear",
+            rows,
+            columns,
+            embedding if tied else head,
+            last_order,
+            False,
+            embedding if tied else None,
+        ),
+    ]

@@ -1,0 +1,213 @@
+"""Qwen2-VL (arXiv 2409.12191): a ViT with rotary positions over whole pictures of any size, and a Qwen2 decoder.
+
+Published checkpoints call the same modules `visual.…` and `model.…`; transformers renames them on loading, and all
+names here are those of its module tree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.device.images import CLIP_MEAN, CLIP_STD
+from toolchain.models import family as base
+from toolchain.values import LayerSpec
+
+if TYPE_CHECKING:
+    from toolchain.geometry import ModelGeometry
+
+TOWER = "model.visual"
+DECODER = "model.language_model"
+
+
+class Qwen2VL(base.Family):
+    name = "qwen2_vl"
+    model_types = ("qwen2_vl",)
+
+    def layers(self, config: base.Config) -> tuple[LayerSpec, ...]:
+        text, vision = base.text_config(config), _vision(config)
+        width, depth = vision["embed_dim"], vision["depth"]
+        patch = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+        specs = base.embedding_and_head(
+            text, config, f"{DECODER}.embed_tokens", "lm_head", depth + 3 + text["num_hidden_layers"]
+        )
+        head = specs.pop()
+        specs.append(_part("patch_embed.proj", "vision", "conv", width, patch, 1, False))
+        for i in range(depth):
+            inner = int(width * vision["mlp_ratio"])
+            for name, rows, columns in (
+                ("attn.qkv", 3 * width, width),
+                ("attn.proj", width, width),
+                ("mlp.fc1", inner, width),
+                ("mlp.fc2", width, inner),
+            ):
+                specs.append(_part(f"blocks.{i}.{name}", "vision", "linear", rows, columns, 2 + i, True))
+        merged = width * vision["spatial_merge_size"] ** 2
+        specs.append(_part("merger.mlp.0", "projector", "linear", merged, merged, depth + 2, True))
+        specs.append(_part("merger.mlp.2", "projector", "linear", vision["hidden_size"], merged, depth + 2, True))
+        specs += base.decoder_layers(text, DECODER, depth + 3, biases=True)
+        return (*specs, head)
+
+    def geometry(self, config: base.Config) -> ModelGeometry:
+        from toolchain.geometry import qwen2_vl_geometry
+
+        return qwen2_vl_geometry(config)
+
+    def host_settings(self, config: base.Config, folder: Path) -> dict[str, Any]:
+        image, text = base.image_settings(folder), base.text_config(config)
+        size = image.get("size") or {}
+        stops = base.stop_ids(config, folder)
+        pad = text.get("pad_token_id", config.get("pad_token_id"))
+        return {
+            "family": self.name,
+            "image": {
+                "min_pixels": image.get("min_pixels") or size.get("shortest_edge", 56 * 56),
+                "max_pixels": image.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280),
+                "patch": image.get("patch_size", 14),
+                "merge": image.get("merge_size", 2),
+                "frames": image.get("temporal_patch_size", 2),
+                "mean": list(image.get("image_mean", CLIP_MEAN)),
+                "std": list(image.get("image_std", CLIP_STD)),
+            },
+            "tokens": {
+                "image": "<|image_pad|>",
+                "image_id": config["image_token_id"],
+                "stop_ids": stops,
+                "pad_id": stops[0] if pad is None else pad,
+            },
+            "decoder": decoder_settings(text),
+        }
+
+    def graphs(self, model) -> list[base.GraphSpec]:
+        from toolchain.models import wrappers
+
+        decoder = wrappers.decoder_graph_spec(
+            model.model.language_model, model.lm_head, model.config.text_config, axes=3
+        )
+        return [_vision_spec(model), wrappers.embed_graph_spec(model, model.config.image_token_id), decoder]
+
+    def profiles(self, config: base.Config, folder: Path) -> dict[str, dict[str, list[list[int]]]]:
+        settings, vision = self.host_settings(config, folder), _vision(config)
+        image = settings["image"]
+        unit = image["patch"] ** 2
+        merge = image["merge"] ** 2
+        smallest, largest = image["min_pixels"] // unit, image["max_pixels"] // unit
+        usual = max(smallest, min(largest, 1024))
+        channels = vision["in_channels"] * image["frames"] * unit
+        counts = [max(merge, n // merge * merge) for n in (smallest, usual, largest)]
+        return {
+            "vision": {
+                "pixel_values": [[n, channels] for n in counts],
+                "position_ids": [[n, 2] for n in counts],
+            },
+            **decoder_profiles(
+                base.text_config(config), settings["decoder"]["max_context"], counts[2] // merge, axes=3
+            ),
+        }
+
+
+def decoder_settings(text: base.Config) -> dict[str, Any]:
+    """host.json's section about the decoder."""
+    return {
+        "hidden": text["hidden_size"],
+        "max_context": text["max_position_embeddings"],
+        "cache": {
+            "layers": text["num_hidden_layers"],
+            "kv_heads": text["num_key_value_heads"],
+            "head_dim": base.head_dim(text),
+        },
+    }
+
+
+def decoder_profiles(
+    text: base.Config, context: int, features: int, axes: int
+) -> dict[str, dict[str, list[list[int]]]]:
+    """Shapes of `embed` and `decoder` for batch 1: one token to a full context, with up to a full context before."""
+    context = min(context, 4096)
+    usual = min(context, 256)
+    past = [[n, 1, text["num_key_value_heads"], base.head_dim(text)] for n in (0, usual, context - 1)]
+    lengths = (1, usual, context)
+    cache = {f"past.{i}.{name}": past for i in range(text["num_hidden_layers"]) for name in ("key", "value")}
+    hidden = text["hidden_size"]
+    return {
+        "embed": {
+            "input_ids": [[1, n] for n in lengths],
+            "image_features": [[0, hidden], [min(features, usual), hidden], [features, hidden]],
+        },
+        "decoder": {
+            "inputs_embeds": [[1, n, hidden] for n in lengths],
+            "attention_mask": [[1, n] for n in (1, 2 * usual, 2 * context - 1)],
+            "position_ids": [[3, 1, n] if axes == 3 else [1, n] for n in lengths],
+            **cache,
+        },
+    }
+
+
+def _vision(config: base.Config) -> base.Config:
+    """vision_config with the defaults that published files leave out."""
+    return {
+        "in_channels": 3,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "patch_size": 14,
+        "mlp_ratio": 4,
+    } | config["vision_config"]
+
+
+def _part(name: str, part: str, kind: str, rows: int, columns: int, order: int, bias: bool) -> LayerSpec:
+    full = f"{TOWER}.{name}"
+    return LayerSpec(full, part, kind, rows, columns, full, order, bias)
+
+
+def _vision_spec(model) -> base.GraphSpec:
+    import torch
+    from torch.export import Dim
+
+    from toolchain.device.images import ImagePlan, grid_position_ids
+
+    module = vision_module(model)
+    vision = model.config.vision_config
+    plan = ImagePlan(0, 0, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    ids = torch.from_numpy(grid_position_ids(4, 6, plan))
+    channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(24, channels, generator=torch.Generator().manual_seed(0))
+    merge = vision.spatial_merge_size**2
+    patches = merge * Dim("merged")
+    taps = tuple(f"vision.blocks.{i}" for i in range(vision.depth))
+    names = ("pixel_values", "position_ids")
+    return base.GraphSpec(
+        "vision", module, (pixels, ids), names, ("image_features", *taps), ({0: patches}, {0: patches}), taps
+    )
+
+
+def vision_module(model):
+    """The tower for one picture a call: patches [N, channels], (row, column) ids int64[N, 2] → features, block outputs.
+
+    transformers' own forward splits attention by Python lengths and does not trace; one picture needs no split.
+    """
+    import torch
+    from torch.nn import functional as F
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    class Qwen2VLVisionGraph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = model.model.visual
+
+        def forward(self, pixel_values, position_ids):
+            hidden = self.visual.patch_embed(pixel_values)
+            cos, sin = self.visual.rotary_pos_emb(hidden, position_ids)
+            taps = []
+            for block in self.visual.blocks:
+                attention = block.attn
+                qkv = attention.qkv(block.norm1(hidden)).reshape(-1, 3, attention.num_heads, attention.head_dim)
+                query, key, value = qkv.unbind(1)
+                query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+                heads = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
+                mixed = F.scaled_dot_product_attention(*heads)
+                hidden = hidden + attention.proj(mixed.squeeze(0).transpose(0, 1).reshape(-1, attention.dim))
+                hidden = hidden + block.mlp(block.norm2(hidden))
+                taps.append(hidden)
+            return self.visual.merger(hidden), taps
+
+    return Qwen2VLVisionGraph().eval()

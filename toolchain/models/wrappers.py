@@ -1,0 +1,131 @@
+"""Modules that turn a transformers VLM into traceable graphs: the parts every family has in the same shape.
+
+Attention masks and key/value handling are written out here, because the library's own build them from Python state that
+does not trace.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+
+class EmbedGraph(nn.Module):
+    """Token ids int64[B, S] and picture features [M, hidden] → embeddings [B, S, hidden].
+
+    The i-th picture token of the batch, in reading order, takes the i-th feature row. Running count and gather instead
+    of masked_scatter: TensorRT refuses the NonZero that masked_scatter becomes.
+    """
+
+    def __init__(self, model: nn.Module, image_token_id: int) -> None:
+        super().__init__()
+        self.tokens = model.get_input_embeddings()
+        self.image_token_id = image_token_id
+
+    def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
+        embeds = self.tokens(input_ids)
+        is_image = input_ids == self.image_token_id
+        rank = torch.cumsum(is_image.reshape(-1).to(torch.int64), 0).reshape(is_image.shape)
+        # Row 0 is a row of zeros, so that rank 0 (no picture yet) and an empty feature list are both in range.
+        rows = torch.cat([image_features.new_zeros(1, image_features.shape[1]), image_features])
+        return torch.where(is_image.unsqueeze(-1), rows[rank * is_image], embeds)
+
+
+class DecoderGraph(nn.Module):
+    """Embeddings, mask, positions and past keys/values → last-position logits, new keys/values, every layer's output.
+
+    Keys and values are [sequence, batch, kv_heads, head_dim]; past has length P, new length S. `attention_mask`
+    int64[B, P + S] is 0 for padding.
+    """
+
+    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.head = head
+
+    def forward(self, inputs_embeds, attention_mask, position_ids, past):
+        length, total = inputs_embeds.shape[1], attention_mask.shape[1]
+        cache = DynamicCache([(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)) for k, v in past])
+        mask = causal_mask(attention_mask, length, inputs_embeds.dtype)
+        hidden = inputs_embeds
+        rotary = self.decoder.rotary_emb(hidden, position_ids)
+        taps = []
+        for layer in self.decoder.layers:
+            hidden = layer(
+                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+            )
+            taps.append(hidden)
+        last = self.decoder.norm(hidden[:, -1])
+        start = total - length
+        present = [
+            (item.keys[:, :, start:].permute(2, 0, 1, 3), item.values[:, :, start:].permute(2, 0, 1, 3))
+            for item in cache.layers
+        ]
+        return self.head(last), present, taps
+
+
+def causal_mask(attention_mask: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask [B, 1, S, P + S]: 0 where a query may look, the smallest number of `dtype` elsewhere."""
+    total = attention_mask.shape[1]
+    query = torch.arange(length, device=attention_mask.device) + (total - length)
+    key = torch.arange(total, device=attention_mask.device)
+    allowed = (key[None, :] <= query[:, None])[None, None] & (attention_mask[:, None, None, :] > 0)
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def embed_graph_spec(model: nn.Module, image_token_id: int):
+    """GraphSpec of `embed`: input_ids, image_features → inputs_embeds."""
+    from torch.export import Dim
+
+    from toolchain.models.family import GraphSpec
+
+    table = model.get_input_embeddings()
+    hidden = getattr(table, "columns", None) or table.embedding_dim
+    ids = torch.tensor([[1, image_token_id, image_token_id, 3], [3, image_token_id, 2, 1]])
+    return GraphSpec(
+        "embed",
+        EmbedGraph(model, image_token_id).eval(),
+        (ids, torch.randn(3, hidden, generator=torch.Generator().manual_seed(0))),
+        ("input_ids", "image_features"),
+        ("inputs_embeds",),
+        ({0: Dim("batch"), 1: Dim("sequence")}, {0: Dim("features")}),
+    )
+
+
+def decoder_graph_spec(decoder: nn.Module, head: nn.Module, text_config, axes: int):
+    """GraphSpec of `decoder`; `axes` position axes (3 for mRoPE, 1 otherwise)."""
+    from torch.export import Dim
+
+    from toolchain.models.family import GraphSpec
+
+    layers, kv_heads = text_config.num_hidden_layers, text_config.num_key_value_heads
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    # Sizes that differ from one another and from 1, or the tracer takes two of them for the same dimension.
+    batch, length, past = 2, 3, 5
+    generator = torch.Generator().manual_seed(0)
+    position = torch.arange(past, past + length)
+    position = position.expand(3, batch, length) if axes == 3 else position.expand(batch, length)
+    cache = [
+        tuple(torch.randn(past, batch, kv_heads, size, generator=generator) for _ in range(2)) for _ in range(layers)
+    ]
+    embeds = torch.randn(batch, length, text_config.hidden_size, generator=generator)
+    args = (embeds, torch.ones(batch, past + length, dtype=torch.int64), position.clone(), cache)
+    b, s, p = Dim("batch"), Dim("sequence"), Dim("past")
+    shapes = (
+        {0: b, 1: s},
+        {0: b, 1: Dim.DYNAMIC},
+        {1: b, 2: s} if axes == 3 else {0: b, 1: s},
+        [({0: p, 1: b}, {0: p, 1: b})] * layers,
+    )
+    pairs = [f"{i}.{name}" for i in range(layers) for name in ("key", "value")]
+    taps = tuple(f"decoder.layers.{i}" for i in range(layers))
+    return GraphSpec(
+        "decoder",
+        DecoderGraph(decoder, head).eval(),
+        args,
+        ("inputs_embeds", "attention_mask", "position_ids", *(f"past.{x}" for x in pairs)),
+        ("logits", *(f"present.{x}" for x in pairs), *taps),
+        shapes,
+        taps,
+    )

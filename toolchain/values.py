@@ -1,0 +1,206 @@
+"""Values handed from stage to stage: frozen, JSON-clean, and light (standard library only).
+
+Shapes are (rows, columns) = (outputs, inputs) of a weight matrix throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import UnsupportedError
+
+ROW_GROUP = 128  # rows are padded to this; a chunk takes 16 of them, 8 apart
+COLUMN_GROUP = 16  # columns are padded to this
+CHUNK_ROWS = 16
+ROW_STRIDE = 8  # distance of neighbouring rows of one chunk; also the number of chunks that share a row group
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class VQCode:
+    """A weight code (V, k, L): V weights a lookup, k stream bits a lookup, L window bits. Index bits a weight: k / V.
+
+    `L == k` is a plain codebook; `L > k` overlaps neighbouring windows inside a chunk.
+    """
+
+    vector: int
+    shift: int
+    window: int
+
+    def __post_init__(self) -> None:
+        legal = self.vector in (2, 4) and 1 <= self.shift <= 8 and self.shift <= self.window <= 9
+        if not legal:
+            raise UnsupportedError(
+                f"code {self}: expected V in (2, 4), k in 1..8 and k <= L <= 9; use one of {sorted(CODE_NAMES)}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.vector},{self.shift},{self.window}"
+
+    @classmethod
+    def parse(cls, text: str) -> VQCode:
+        """The code written "V,k,L".
+
+        Raises:
+            UnsupportedError: not three integers, or not a legal code.
+        """
+        try:
+            vector, shift, window = (int(part) for part in text.split(","))
+        except ValueError:
+            raise UnsupportedError(f"code {text!r}: expected three integers V,k,L such as 4,8,8") from None
+        return cls(vector, shift, window)
+
+    @property
+    def index_bits(self) -> float:
+        """Index bits a weight."""
+        return self.shift / self.vector
+
+    @property
+    def entries(self) -> int:
+        """Table entries, 2**L."""
+        return 1 << self.window
+
+    @property
+    def table_dtype(self) -> str:
+        """An entry is 4 bytes: int8 quads, whose step is folded into the row scale, or float16 pairs."""
+        return "int8" if self.vector == 4 else "float16"
+
+    @property
+    def table_bytes(self) -> int:
+        return 4 * self.entries
+
+    @property
+    def chunk_bytes(self) -> int:
+        return CHUNK_ROWS * self.shift // 8
+
+    def padded_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """(rows, columns) after padding to whole chunks."""
+        return -(-rows // ROW_GROUP) * ROW_GROUP, -(-columns // COLUMN_GROUP) * COLUMN_GROUP
+
+    def chunk_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """(row groups R, chunks a row group along rows = 8, chunks along columns C) of a padded matrix."""
+        padded_rows, padded_columns = self.padded_shape(rows, columns)
+        return padded_rows // ROW_GROUP, ROW_STRIDE, padded_columns // self.vector
+
+    def codes_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the packed codes of a matrix, padding included."""
+        row_groups, stride, column_chunks = self.chunk_shape(rows, columns)
+        return row_groups * stride * column_chunks * self.chunk_bytes
+
+
+CODE_NAMES = ("4,8,8", "2,6,6", "2,8,8")
+CODES: dict[str, VQCode] = {name: VQCode.parse(name) for name in CODE_NAMES}
+
+PARTS = ("language", "vision", "projector", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One quantizable weight of a model: what it is called, where it stands, what shares its input.
+
+    `kind` is "linear", "conv" (a convolution whose stride is its kernel: a linear over flattened patches) or
+    "embedding". Layers of one `group` read the same input and run as one node: they share code and table. `tied_to`
+    names the layer whose codes this one uses. `order` is the step of the sequential sweep that quantizes it.
+    """
+
+    name: str
+    part: str
+    kind: str
+    rows: int
+    columns: int
+    group: str
+    order: int
+    has_bias: bool = False
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The format one layer gets. `table` is the id of its table; `code` is "V,k,L"."""
+
+    name: str
+    part: str
+    kind: str
+    rows: int
+    columns: int
+    group: str
+    code: str
+    table: str
+    tied_to: str | None = None
+
+    @property
+    def vq_code(self) -> VQCode:
+        return VQCode.parse(self.code)
+
+    @property
+    def codes_bytes(self) -> int:
+        """0 for a tied layer: its codes are stored once, under the other name."""
+        return 0 if self.tied_to else self.vq_code.codes_bytes(self.rows, self.columns)
+
+    @property
+    def scales_bytes(self) -> int:
+        return 0 if self.tied_to else 2 * self.rows
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """A format for every quantized layer, and every byte that stays in 16 bits by name.
+
+    `kept` maps tensor names (norms, biases, whatever is left) to their element counts; kept tensors are 2 bytes each.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    kept: dict[str, int] = field(default_factory=dict)
+    requested_bits: float | None = None
+
+    def layer(self, name: str) -> LayerPlan:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def tables(self) -> dict[str, VQCode]:
+        """Table id → the code whose table it is."""
+        return {layer.table: layer.vq_code for layer in self.layers}
+
+    def index_bits(self, parts: tuple[str, ...] = PARTS) -> float:
+        """Index bits averaged over the quantized weights of `parts` (what papers quote); 0 where there are none."""
+        stored = [x for x in self.layers if x.part in parts and not x.tied_to]
+        weights = sum(x.rows * x.columns for x in stored)
+        return sum(x.rows * x.columns * x.vq_code.index_bits for x in stored) / weights if weights else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BitPlan:
+        layers = tuple(LayerPlan(**layer) for layer in data["layers"])
+        return cls(layers, dict(data["kept"]), data.get("requested_bits"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and one question of a manifest; `answer` is None where the line had none. `image` is absolute."""
+
+    image: Path
+    prompt: str
+    answer: str | None = None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON; a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
