@@ -1,0 +1,9 @@
+"""The built-in VLM: task, training script, trained weights and held-out pictures. No network is needed to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+CALIBRATION = Path(__file__).parent / "data" / "calib.jsonl"
+EVALUATION = Path(__file__).parent / "data" / "eval.jsonl"

@@ -58,14 +58,14 @@ def train_tokenizer(seed: int = 0, sentences: int = 20_000) -> Tokenizer:
 
 
 def demo_config(tokenizer: Tokenizer):
-    """transformers.Qwen2VLConfig of the demo model: 4 vision blocks of 128, 6 decoder layers of 256, tied head."""
+    """transformers.Qwen2VLConfig of the demo model: 4 vision blocks of 128, 8 decoder layers of 256, tied head."""
     from transformers import Qwen2VLConfig
 
     return Qwen2VLConfig(
         text_config={
             "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 6,
+            "intermediate_size": 384,
+            "num_hidden_layers": 8,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "vocab_size": VOCAB_SIZE,

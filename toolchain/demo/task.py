@@ -24,7 +24,8 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIGITS = tuple("0123456789")
-GRID_RANGE = (2, 4)
+ROW_RANGE = (2, 3)
+COLUMN_RANGE = (2, 4)
 CELL_RANGE = (25, 31)
 SUPERSAMPLE = 3
 
@@ -75,9 +76,8 @@ class Scene:
 
 def random_scene(rng: np.random.Generator, rows: int | None = None, columns: int | None = None) -> Scene:
     """A scene with few colours and kinds in it, so that counts and look-alikes are common."""
-    low, high = GRID_RANGE
-    rows = rows or int(rng.integers(low, high + 1))
-    columns = columns or int(rng.integers(low, high + 1))
+    rows = rows or int(rng.integers(ROW_RANGE[0], ROW_RANGE[1] + 1))
+    columns = columns or int(rng.integers(COLUMN_RANGE[0], COLUMN_RANGE[1] + 1))
     colors = rng.choice(list(COLORS), size=int(rng.integers(2, 6)), replace=False)
     kinds = rng.choice(SHAPES + DIGITS, size=int(rng.integers(3, 10)), replace=False)
     empty = rng.uniform(0.1, 0.45)

@@ -1,11 +1,11 @@
 """Train the built-in VLM from scratch on the drawn task: `python -m toolchain.demo.train -o FOLDER`.
 
-Two phases. First the model reads whole pictures in raster order, while two linear heads that are thrown away afterwards
-name each cell's colour and kind from its vision token; this dense supervision breaks the long plateau that question
-answering alone sits on (reading without the heads was still on it after 900 steps). Then all question kinds, with a
-tenth of whole-picture reading kept in.
-Each batch holds pictures of one grid size, so that vision attention is one batched call; the trained weights are plain
-transformers weights, and `--resume` continues from the last checkpoint. Needs torch, a CPU is enough.
+Question answering alone sits on a long plateau. Three kinds of dense supervision break it: every picture is also read out
+whole in raster order; linear heads that are thrown away afterwards name each cell's colour and kind from its vision token;
+and others name the cell's row and column from the decoder's second layer. Each picture carries several questions in one
+sequence: a question sees the picture and itself, no other question, and stands at the position it would have alone, so
+that the weights are trained on exactly what `generate` will see. All pictures of a batch share one grid size, which makes
+vision attention one batched call. Weights are plain transformers weights; `--resume` continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,121 +23,170 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toolchain.demo import architecture, task
-from toolchain.device.images import ImagePlan, patches_from_image
+from toolchain.device.images import ImagePlan, grid_position_ids, patches_from_image
 
 # Batch lengths are rounded up to this, so that few matrix shapes occur and the CPU's kernels are compiled once.
 LENGTH_STEP = 16
+PLACE_LAYER = 1  # decoder layer after which image tokens must know where they stand
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: steps, warm-up, the share of steps spent on whole-picture reading alone."""
+    """How long and how fast. `batch` counts pictures, each with a reading and `questions` questions."""
 
-    steps: int = 6000
-    batch: int = 64
-    warmup: int = 150
-    reading_share: float = 0.2
+    steps: int = 4000
+    batch: int = 20
+    questions: int = 8
+    warmup: int = 100
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
-    cell_weight: float = 0.5
+    reading_weight: float = 0.5
+    head_weight: float = 0.25
 
 
 @dataclass(frozen=True)
 class Batch:
-    """patches float32[B, N, 1176]; ids int64[B, S] right-padded; is_answer bool[B, S] marks tokens that are scored.
+    """Pictures of one grid size with their questions.
 
-    `cells` int64[B * rows * columns, 2] holds each cell's colour and kind, 0 for an empty cell.
+    patches float32[B, N, 1176]. ids and positions int64[B, S] and int64[3, S, B]-like [3, B, S], right-padded. block
+    int64[B, S]: 0 in the shared prefix, j in question j (1 is the reading), -1 in padding. is_answer bool[B, S] marks
+    tokens that are scored. cells int64[B * cells, 4]: colour, kind (0 for empty), row, column.
     """
 
     patches: torch.Tensor
     ids: torch.Tensor
+    positions: torch.Tensor
+    block: torch.Tensor
     is_answer: torch.Tensor
     cells: torch.Tensor
     grid: tuple[int, int]
 
 
-def prompt_text(question: str, image_tokens: int) -> str:
-    """The chat template's text for one picture and one question, the image pad already repeated."""
-    pads = "<|image_pad|>" * image_tokens
-    return f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def make_batch(rng: np.random.Generator, tokenizer, plan: ImagePlan, size: int, reading: float) -> Batch:
-    """`size` fresh pictures of one grid size with a question each; `reading` is the share of whole-picture reading."""
-    low, high = task.GRID_RANGE
-    rows, columns = (int(v) for v in rng.integers(low, high + 1, size=2))
-    patches, sequences, answer_starts, cells = [], [], [], []
-    for _ in range(size):
+def make_batch(rng: np.random.Generator, tokenizer, plan: ImagePlan, schedule: Schedule) -> Batch:
+    """`schedule.batch` fresh pictures of one grid size, each read out whole and asked about."""
+    rows = int(rng.integers(task.ROW_RANGE[0], task.ROW_RANGE[1] + 1))
+    columns = int(rng.integers(task.COLUMN_RANGE[0], task.COLUMN_RANGE[1] + 1))
+    pads = "<|image_pad|>" * (rows * columns)
+    prefix = tokenizer.encode(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").ids
+    patches, sequences, cells = [], [], []
+    for _ in range(schedule.batch):
         scene = task.random_scene(rng, rows, columns)
         patches.append(patches_from_image(task.draw(scene, rng), plan)[0])
-        if rng.random() < reading:
-            question, answer = task.read_all(scene, rng)
-        else:
-            _, question, answer = task.ask(scene, rng)
-        prompt = tokenizer.encode(prompt_text(question, rows * columns)).ids
-        sequences.append(prompt + tokenizer.encode(answer + "<|im_end|>").ids)
-        answer_starts.append(len(prompt))
-        cells.extend(_cell_labels(thing) for row in scene.cells for thing in row)
-    longest = -(-max(map(len, sequences)) // LENGTH_STEP) * LENGTH_STEP
-    ids = torch.zeros(size, longest, dtype=torch.int64)
-    is_answer = torch.zeros(size, longest, dtype=torch.bool)
-    for i, (sequence, start) in enumerate(zip(sequences, answer_starts)):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        is_answer[i, start : len(sequence)] = True
-    return Batch(torch.from_numpy(np.stack(patches)), ids, is_answer, torch.tensor(cells), (rows * 2, columns * 2))
+        asked = [task.read_all(scene, rng), *(task.ask(scene, rng)[1:] for _ in range(schedule.questions))]
+        sequences.append([_question_ids(tokenizer, *pair) for pair in asked])
+        cells += [[*_labels(thing), r, c] for r, row in enumerate(scene.cells) for c, thing in enumerate(row)]
+    return _collate(patches, prefix, sequences, cells, (rows, columns), tokenizer.token_to_id("<|image_pad|>"))
 
 
-def _cell_labels(thing: task.Thing | None) -> tuple[int, int]:
+def _question_ids(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
+    asked = tokenizer.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n").ids
+    return asked, tokenizer.encode(answer + "<|im_end|>").ids
+
+
+def _labels(thing: task.Thing | None) -> tuple[int, int]:
     kinds = task.SHAPES + task.DIGITS
     return (0, 0) if thing is None else (1 + list(task.COLORS).index(thing.color), 1 + kinds.index(thing.kind))
 
 
-class CellHeads(torch.nn.Module):
-    """Names each vision token's cell, for training only: logits over colours and over kinds, 0 meaning empty."""
+def _collate(patches, prefix: list[int], sequences, cells, grid: tuple[int, int], image_id: int) -> Batch:
+    longest = len(prefix) + max(sum(len(q) + len(a) for q, a in blocks) for blocks in sequences)
+    shape = (len(sequences), -(-longest // LENGTH_STEP) * LENGTH_STEP)
+    ids, block = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
+    is_answer, positions = torch.zeros(shape, dtype=torch.bool), torch.zeros(3, *shape, dtype=torch.int64)
+    start, after = _prefix_positions(prefix, grid, image_id)
+    for i, blocks in enumerate(sequences):
+        ids[i, : len(prefix)], block[i, : len(prefix)] = torch.tensor(prefix), 0
+        positions[:, i, : len(prefix)] = start
+        at = len(prefix)
+        for j, (asked, answer) in enumerate(blocks, start=1):
+            end = at + len(asked) + len(answer)
+            ids[i, at:end], block[i, at:end] = torch.tensor(asked + answer), j
+            positions[:, i, at:end] = torch.arange(after, after + end - at)
+            is_answer[i, at + len(asked) : end] = True
+            at = end
+    stacked = torch.from_numpy(np.stack(patches))
+    return Batch(stacked, ids, positions, block, is_answer, torch.tensor(cells), (2 * grid[0], 2 * grid[1]))
+
+
+def _prefix_positions(prefix: list[int], grid: tuple[int, int], image_id: int) -> tuple[torch.Tensor, int]:
+    """(mRoPE ids int64[3, prefix], position of the token after it); the rule of device/families/qwen2_vl.py."""
+    rows, columns = grid
+    first = prefix.index(image_id)
+    positions = torch.arange(len(prefix)).repeat(3, 1)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    inside = slice(first, first + rows * columns)
+    positions[0, inside] = first
+    positions[1, inside], positions[2, inside] = torch.from_numpy(first + row), torch.from_numpy(first + column)
+    tail = len(prefix) - inside.stop
+    positions[:, inside.stop :] = first + max(rows, columns) + torch.arange(tail)
+    return positions, first + max(rows, columns) + tail
+
+
+class Heads(torch.nn.Module):
+    """Training only: each vision token's colour and kind (0 empty), and where the decoder thinks it stands."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.color = torch.nn.Linear(width, 1 + len(task.COLORS))
         self.kind = torch.nn.Linear(width, 1 + len(task.SHAPES + task.DIGITS))
+        self.row = torch.nn.Linear(width, task.ROW_RANGE[1])
+        self.column = torch.nn.Linear(width, task.COLUMN_RANGE[1])
 
-    def loss(self, features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Sum of the two mean cross-entropies (nats a cell)."""
-        color, kind = self.color(features).float(), self.kind(features).float()
-        return F.cross_entropy(color, cells[:, 0]) + F.cross_entropy(kind, cells[:, 1])
+    def loss(self, features: torch.Tensor, placed: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Sum of the four mean cross-entropies (nats a cell)."""
+        logits = (self.color(features), self.kind(features), self.row(placed), self.column(placed))
+        return sum(F.cross_entropy(x.float(), cells[:, i]) for i, x in enumerate(logits))
 
 
-def losses(model, heads: CellHeads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean cross-entropy in nats over answer tokens, the heads' loss) of a batch whose pictures share a grid size."""
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross-entropy in nats a token over the answers and over the readings, and the heads' sum."""
+
+    answers: torch.Tensor
+    reading: torch.Tensor
+    heads: torch.Tensor
+
+    def total(self, schedule: Schedule) -> torch.Tensor:
+        return self.answers + schedule.reading_weight * self.reading + schedule.head_weight * self.heads
+
+
+def losses(model, heads: Heads, batch: Batch) -> Losses:
+    """Everything that is trained on, for one batch."""
+    decoder = model.model.language_model
     features = _batched_vision(model.model.visual, batch.patches, batch.grid)
-    embeds = model.get_input_embeddings()(batch.ids)
     is_image = batch.ids == model.config.image_token_id
-    embeds = embeds.masked_scatter(is_image.unsqueeze(-1), features.to(embeds.dtype))
-    positions = _positions(model, batch)
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
-    scored = hidden.last_hidden_state[:, :-1][batch.is_answer[:, 1:]]
-    answer = F.cross_entropy(model.lm_head(scored).float(), batch.ids[:, 1:][batch.is_answer[:, 1:]])
-    return answer, heads.loss(features, batch.cells)
+    hidden = decoder.embed_tokens(batch.ids)
+    hidden = hidden.masked_scatter(is_image.unsqueeze(-1), features.to(hidden.dtype))
+    rotary = decoder.rotary_emb(hidden, batch.positions)
+    mask = _block_mask(batch.block)
+    for index, layer in enumerate(decoder.layers):
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        if index == PLACE_LAYER:
+            placed = hidden[is_image]
+    is_scored = batch.is_answer[:, 1:]
+    logits = model.lm_head(decoder.norm(hidden[:, :-1][is_scored])).float()
+    nats = F.cross_entropy(logits, batch.ids[:, 1:][is_scored], reduction="none")
+    is_reading = batch.block[:, 1:][is_scored] == 1
+    return Losses(nats[~is_reading].mean(), nats[is_reading].mean(), heads.loss(features, placed, batch.cells))
 
 
-def _positions(model, batch: Batch) -> torch.Tensor:
-    """mRoPE ids int64[3, B, S]: with one grid size and right padding, one row serves the whole batch."""
-    row = batch.ids[:1]
-    grid = torch.tensor([[1, *batch.grid]])
-    ids, _ = model.model.get_rope_index(
-        row, mm_token_type_ids=(row == model.config.image_token_id).int(), image_grid_thw=grid
-    )
-    return ids.expand(3, batch.ids.shape[0], -1)
+def _block_mask(block: torch.Tensor) -> torch.Tensor:
+    """Additive mask float32[B, 1, S, S]: a token sees what comes before it in the prefix and in its own block."""
+    length = block.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool).tril()
+    same = block[:, :, None] == block[:, None, :]
+    allowed = earlier & (same | (block[:, None, :] == 0))
+    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
 def _batched_vision(visual, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Image features [B * N / 4, hidden]: the tower's own layers, attention batched over pictures of one size."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
-    from transformers.vision_utils import get_vision_position_ids
 
     count, tokens, _ = patches.shape
     # The patch convolution's stride equals its kernel: as a matrix product it is the same sum, several times faster.
     hidden = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
-    ids = get_vision_position_ids(torch.tensor([[1, *grid]]), visual.spatial_merge_size)
+    ids = torch.from_numpy(grid_position_ids(*grid, ImagePlan(0, 0)))
     cos, sin = visual.rotary_pos_emb(hidden, ids)
     for block in visual.blocks:
         attention = block.attn
@@ -164,48 +213,47 @@ def train(folder: Path, schedule: Schedule, seed: int, resume: bool) -> None:
     tokenizer = architecture.train_tokenizer(seed)
     plan = ImagePlan(min_pixels=architecture.MIN_PIXELS, max_pixels=architecture.MAX_PIXELS)
     model = architecture.build_model(tokenizer, seed)
-    heads = CellHeads(model.config.text_config.hidden_size)
-    optimizer = _optimizer(torch.nn.ModuleList([model, heads]), schedule)
+    trained = torch.nn.ModuleDict({"model": model, "heads": Heads(model.config.text_config.hidden_size)})
+    optimizer = _optimizer(trained, schedule)
     start, checkpoint = 0, folder / "training.pt"
     if resume and checkpoint.exists():
         state = torch.load(checkpoint)
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
+        trained.load_state_dict(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    log = (folder / "training_log.jsonl").open("a" if start else "w")
     began, history = time.monotonic(), []
-    for step in range(start, schedule.steps):
-        rng = np.random.default_rng([seed, 1, step])
-        reading = 1.0 if step < schedule.reading_share * schedule.steps else 0.1
-        batch = make_batch(rng, tokenizer, plan, schedule.batch, reading)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, schedule)
-        # At these lengths the plain attention is about twice as fast as the CPU's fused one, backward included.
-        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            answer, cells = losses(model, heads, batch)
-        optimizer.zero_grad(set_to_none=True)
-        (answer + schedule.cell_weight * cells).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        history.append((float(answer), float(cells)))
-        if (step + 1) % 50 == 0:
-            mean = np.mean(history[-50:], axis=0)
-            line = {"step": step + 1, "loss": round(float(mean[0]), 4), "cells": round(float(mean[1]), 4)}
-            line |= {"seconds": round(time.monotonic() - began), "reading": reading}
-            print(json.dumps(line), file=log, flush=True)
-        if (step + 1) % 250 == 0:
-            state = {"model": model.state_dict(), "heads": heads.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
+    with (folder / "training_log.jsonl").open("a" if start else "w") as log:
+        for step in range(start, schedule.steps):
+            batch = make_batch(np.random.default_rng([seed, 1, step]), tokenizer, plan, schedule)
+            history.append(_train_step(trained, optimizer, batch, learning_rate_at(step, schedule), schedule))
+            if (step + 1) % 50 == 0:
+                answers, reading, heads = np.mean(history[-50:], axis=0).round(4).tolist()
+                line = {"step": step + 1, "answers": answers, "reading": reading, "heads": heads}
+                print(json.dumps(line | {"seconds": round(time.monotonic() - began)}), file=log, flush=True)
+            if (step + 1) % 250 == 0:
+                state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save(state, checkpoint.with_suffix(".tmp"))
+                checkpoint.with_suffix(".tmp").rename(checkpoint)
     model.to(torch.float16).save_pretrained(folder)
     architecture.save_processor_files(tokenizer, folder)
 
 
-def _optimizer(model, schedule: Schedule) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+def _train_step(trained, optimizer, batch: Batch, rate: float, schedule: Schedule) -> tuple[float, float, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # At these lengths the plain attention is about twice as fast as the CPU's fused one, backward included.
+    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        found = losses(trained["model"], trained["heads"], batch)
+    optimizer.zero_grad(set_to_none=True)
+    found.total(schedule).backward()
+    torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+    optimizer.step()
+    return found.answers.item(), found.reading.item(), found.heads.item()
+
+
+def _optimizer(trained: torch.nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+    matrices = [p for p in trained.parameters() if p.ndim >= 2]
+    vectors = [p for p in trained.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98))
 
@@ -214,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, tokenizer and log")
     parser.add_argument("--steps", type=int, default=Schedule.steps)
-    parser.add_argument("--batch", type=int, default=Schedule.batch)
+    parser.add_argument("--batch", type=int, default=Schedule.batch, help="pictures a step")
     parser.add_argument("--learning-rate", type=float, default=Schedule.learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

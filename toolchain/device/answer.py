@@ -86,11 +86,11 @@ class Decoding:
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits float32[B, vocabulary] after one more token int64[B] per prompt."""
         first = np.array([p.next_position for p in self.batch.prompts], dtype=np.int64) + self.steps
-        positions = np.broadcast_to(first[None, :, None], (self.host.axes, len(first), 1))
+        positions = np.repeat(first[None, :, None], self.host.axes, axis=0)
         self.mask = np.concatenate([self.mask, np.ones((len(first), 1), dtype=np.int64)], axis=1)
         self.steps += 1
         hidden = self.host.settings["decoder"]["hidden"]
-        return self._decode(tokens[:, None], np.zeros((0, hidden), dtype=np.float32), np.ascontiguousarray(positions))
+        return self._decode(tokens[:, None], np.zeros((0, hidden), dtype=np.float32), positions)
 
     def _decode(self, ids: NDArray, features: NDArray, positions: NDArray) -> NDArray[np.float32]:
         embeds = self._run("embed", {"input_ids": ids, "image_features": features})["inputs_embeds"]

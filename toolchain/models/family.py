@@ -133,15 +133,13 @@ def family_for(config: Config) -> Family:
     Raises:
         UnsupportedError: `model_type` belongs to no family known here.
     """
-    from toolchain.models.internvl import InternVL
-    from toolchain.models.qwen2_vl import Qwen2VL
+    from toolchain.models import FAMILIES
 
-    families: list[Family] = [Qwen2VL(), InternVL()]
     found = config.get("model_type")
-    for family in families:
+    for family in FAMILIES:
         if found in family.model_types:
             return family
-    known = sorted(t for f in families for t in f.model_types)
+    known = sorted(t for f in FAMILIES for t in f.model_types)
     raise UnsupportedError(f"config.json: model_type {found!r} is not supported; mgvq knows {known} (mgvq models)")
 
 

@@ -1,0 +1,224 @@
+"""Engine builds: refusals without any builder, and real builds with TensorRT for RTX."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from toolchain.bundle import open_bundle, write_bundle
+from toolchain.device import engine
+from toolchain.errors import EnvironmentMismatch, InputDataError, UnsupportedError, UsageError
+from toolchain.graph import vq_op
+from toolchain.graph.bodies import function_bodies
+from toolchain.graph.dense import dense_graph
+from toolchain.values import VQCode
+
+SHAPES = {"decoder": {"x": [[0, 128], [2, 128], [8, 128]]}}
+
+
+PLAIN = VQCode(4, 8, 8)
+
+
+def linear_model(code: VQCode = PLAIN, rows: int = 256, columns: int = 128) -> onnx.ModelProto:
+    """y = VQLinear(x) with a function body, x of free length."""
+    rng = np.random.default_rng(0)
+    symbols = rng.integers(0, 1 << code.shift, (*code.chunk_shape(rows, columns), 16)).astype(np.uint8)
+    weights = [
+        numpy_helper.from_array(symbols, "w.codes"),
+        numpy_helper.from_array(rng.integers(-99, 99, (code.entries, code.vector)).astype(np.float32), "t0"),
+        numpy_helper.from_array(rng.random(rows).astype(np.float32), "w.scales"),
+    ]
+    node = helper.make_node(
+        vq_op.body_name(vq_op.LINEAR, code),
+        ["x", "w.codes", "t0", "w.scales"],
+        ["y"],
+        domain=vq_op.DOMAIN,
+        name="layer.0",
+        **vq_op.code_attributes(code, rows, columns),
+    )
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["s", columns])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["s", rows])],
+        weights,
+    )
+    opsets = [helper.make_opsetid("", vq_op.ONNX_OPSET), helper.make_opsetid(vq_op.DOMAIN, 1)]
+    functions = function_bodies([(vq_op.LINEAR, code, False)])
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+
+
+def make_bundle(folder: Path, model: onnx.ModelProto, profiles: dict | None = None):
+    """An opened bundle with one portable graph, external data beside it, and shapes in host.json."""
+    source = folder / "source"
+    (source / "portable").mkdir(parents=True)
+    onnx.save(
+        model,
+        source / "portable" / "decoder.onnx",
+        save_as_external_data=True,
+        location="decoder.onnx.data",
+        size_threshold=64,
+    )
+    (source / "host.json").write_text(json.dumps({"profiles": {"graphs": SHAPES if profiles is None else profiles}}))
+    pieces = {"portable": source / "portable", "processor/host.json": source / "host.json"}
+    write_bundle(pieces, folder / "bundle")
+    return open_bundle(folder / "bundle")
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_bundle(tmp_path, linear_model())
+
+
+def without(monkeypatch, name: str) -> None:
+    """Make a module impossible to import."""
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"), [("tensorrt_rtx", "pip install tensorrt-rtx-cu13"), ("tensorrt", "run this on the board")]
+)
+def test_a_builder_that_is_missing_is_exit_6_with_the_way_to_get_it(bundle, tmp_path, monkeypatch, backend, words):
+    without(monkeypatch, backend)
+    with pytest.raises(EnvironmentMismatch, match=words) as caught:
+        engine.build_engines(bundle, tmp_path / "engines", backend)
+    assert caught.value.exit_code == 6
+    assert not (tmp_path / "engines").exists()
+
+
+def test_a_redirecting_package_is_not_a_builder(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
+    with pytest.raises(EnvironmentMismatch, match="has no Builder"):
+        engine.load_backend("tensorrt")
+
+
+def test_a_library_that_does_not_load_is_exit_6(monkeypatch):
+    def broken(name):
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(engine.importlib, "import_module", broken)
+    with pytest.raises(EnvironmentMismatch, match=r"does not load \(libnvinfer"):
+        engine.load_backend("tensorrt")
+
+
+def test_a_builder_that_finds_no_gpu_is_exit_6_with_what_the_library_said(bundle, tmp_path, monkeypatch):
+    class Logger:
+        class Severity:
+            INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+    def no_builder(log):
+        log.log(Logger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    fake = types.ModuleType("tensorrt_rtx")
+    fake.ILogger, fake.Builder = Logger, no_builder
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    with pytest.raises(EnvironmentMismatch, match="CUDA initialization failure with error: 35; run it on"):
+        engine.build_engines(bundle, tmp_path / "engines", "tensorrt_rtx")
+    assert not (tmp_path / "engines").exists()
+
+
+def test_unknown_backend():
+    with pytest.raises(UnsupportedError, match="use one of tensorrt, tensorrt_rtx"):
+        engine.load_backend("openvino")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([[1, 128], [2, 128]], "expected .smallest, usual, largest. of 2 dimensions"),
+        ([[4, 128], [2, 128], [8, 128]], "expected sizes that do not fall"),
+        ([[1, 128], [2, 128], [8, 64]], "dimension 1: expected 128 three times"),
+    ],
+)
+def test_wrong_shapes_are_named(shapes, message):
+    with pytest.raises(InputDataError, match=message):
+        engine._three_shapes("decoder", "x", shapes, (-1, 128))
+
+
+def test_the_device_half_imports_no_torch_or_onnx():
+    modules = ("device.engine", "bundle", "target", "budget", "advice", "roofline", "doctor", "geometry")
+    code = "import sys\n" + "".join(f"import toolchain.{module}\n" for module in modules)
+    code += "print([m for m in ('torch', 'onnx', 'transformers', 'onnxruntime', 'tensorrt') if m in sys.modules])"
+    root = Path(__file__).parents[3]
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+class TestWithRtx:
+    """Real builds for SM86, no GPU needed."""
+
+    pytestmark = pytest.mark.rtx
+
+    @pytest.fixture(autouse=True)
+    def _builder(self):
+        pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX (pip install tensorrt-rtx-cu13)")
+
+    @pytest.mark.parametrize("code", ["4,8,8", "2,4,8"])
+    def test_a_graph_with_function_bodies_builds(self, tmp_path, code):
+        bundle = make_bundle(tmp_path, linear_model(VQCode.parse(code)))
+        seen = []
+        report = engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", progress=lambda *step: seen.append(step))
+        built = report.engines[0]
+        assert (report.sm, built.graph, built.file) == ("86", "decoder", "decoder.engine")
+        assert (tmp_path / "e" / "decoder.engine").stat().st_size == built.bytes > 0
+        assert built.layers > 0
+        assert built.seconds > 0
+        assert {step[0] for step in seen} == {"decoder"}
+        assert all(0 <= done <= total for _, _, done, total in seen)
+        assert json.loads((tmp_path / "e" / "build.json").read_text()) == json.loads(json.dumps(report.to_json()))
+        assert report.builder_version == importlib.import_module("tensorrt_rtx").__version__
+
+    def test_dense_twin_is_built_for_its_size_alone(self, tmp_path):
+        """A layer of 1024x1024: symbols widened to int32 are one byte a weight, the dense twin two."""
+        bundle = make_bundle(tmp_path, linear_model(rows=1024, columns=1024), {"decoder": {"x": [[1, 1024]] * 3}})
+        twin = dense_graph(bundle.path("portable/decoder.onnx"), tmp_path / "dense.onnx")
+        report = engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", dense={"decoder": twin})
+        built = report.engines[0]
+        assert built.bytes < built.dense_bytes
+        assert built.dense_bytes > 2 * 1024 * 1024
+        assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["build.json", "decoder.engine"]
+
+    def test_other_sm_and_unknown_sm(self, bundle, tmp_path):
+        assert engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", sm="120").sm == "120"
+        with pytest.raises(UnsupportedError, match="does not build for SM 87; it offers 75, 80, 86"):
+            engine.build_engines(bundle, tmp_path / "f", "tensorrt_rtx", sm="87")
+
+    def test_a_refused_node_is_named_and_nothing_is_left(self, tmp_path):
+        model = linear_model()
+        del model.functions[:]
+        bundle = make_bundle(tmp_path, model)
+        with pytest.raises(InputDataError, match=r"graph decoder .* node layer.0 \(VQLinear\)"):
+            engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "source"]
+
+    def test_free_dimensions_without_shapes_are_named(self, tmp_path):
+        bundle = make_bundle(tmp_path, linear_model(), {})
+        with pytest.raises(InputDataError, match=r"inputs \['x'\] have free dimensions"):
+            engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx")
+        built = engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", profiles=SHAPES).engines
+        assert len(built) == 1
+
+    def test_arguments_without_effect_are_refused(self, bundle, tmp_path):
+        with pytest.raises(UsageError, match="has no plugins"):
+            engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", plugin_library=tmp_path / "x.so")
+        with pytest.raises(UsageError, match="no counterpart"):
+            engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", dense={"other": tmp_path / "x.onnx"})
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UsageError, match="is a file"):
+            engine.build_engines(bundle, tmp_path / "file", "tensorrt_rtx")
+
+    def test_a_bundle_without_graphs(self, tmp_path):
+        (tmp_path / "x.json").write_text("{}")
+        empty = write_bundle({"x.json": tmp_path / "x.json"}, tmp_path / "b")
+        with pytest.raises(InputDataError, match="has no graph in portable/"):
+            engine.build_engines(empty, tmp_path / "e", "tensorrt_rtx")

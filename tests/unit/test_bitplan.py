@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolchain.bitplan import DEFAULT_CODES, part_of_kept, plan, real_bits
+from toolchain.errors import UsageError
+from toolchain.values import CODES, BitPlan, LayerSpec
+
+SPECS = (
+    LayerSpec("model.lm.embed", "embedding", "embedding", 512, 64, "model.lm.embed", 0),
+    LayerSpec("model.vis.patch", "vision", "conv", 32, 100, "model.vis.patch", 1),
+    LayerSpec("model.vis.fc", "vision", "linear", 64, 32, "model.vis.fc", 2, True),
+    LayerSpec("model.lm.0.q", "language", "linear", 64, 64, "model.lm.0.qkv", 3, True),
+    LayerSpec("model.lm.0.k", "language", "linear", 32, 64, "model.lm.0.qkv", 3, True),
+    LayerSpec("model.lm.0.down", "language", "linear", 64, 256, "model.lm.0.down", 3),
+    LayerSpec("head", "head", "linear", 512, 64, "head", 4, tied_to="model.lm.embed"),
+)
+KEPT = {"model.lm.norm.weight": 64, "model.lm.0.q.bias": 64, "model.vis.fc.bias": 64, "model.vis.norm.weight": 32}
+
+
+def codes_of(bit_plan: BitPlan) -> dict[str, str]:
+    return {layer.name: layer.code for layer in bit_plan.layers}
+
+
+def test_without_bits_every_part_has_its_default():
+    found = plan(SPECS, KEPT)
+    for layer in found.layers:
+        assert layer.code == DEFAULT_CODES[layer.part if not layer.tied_to else "embedding"]
+
+
+def test_two_bits_is_quads_everywhere():
+    found = plan(SPECS, KEPT, bits=2.0)
+    assert set(codes_of(found).values()) == {"4,8,8"}
+    assert found.index_bits() == 2.0
+
+
+def test_four_bits_is_the_finest_code_everywhere():
+    assert set(codes_of(plan(SPECS, KEPT, bits=4.0)).values()) == {"2,8,8"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(2.0, 4.0), st.lists(st.floats(0.0, 10.0), min_size=5, max_size=5))
+def test_bits_are_kept_and_nothing_that_fits_is_left_unbought(bits, losses):
+    groups = ["model.lm.embed", "model.vis.patch", "model.vis.fc", "model.lm.0.qkv", "model.lm.0.down"]
+    found = plan(SPECS, KEPT, bits=bits, sensitivity=dict(zip(groups, losses)))
+    assert found.index_bits() <= bits + 1e-9
+    stored = [layer for layer in found.layers if not layer.tied_to]
+    total = sum(x.rows * x.columns for x in stored)
+    spent = sum(x.rows * x.columns * x.vq_code.index_bits for x in stored)
+    for group in groups:
+        members = [x for x in stored if x.group == group]
+        if members[0].code != "2,8,8":
+            assert spent + sum(x.rows * x.columns for x in members) > bits * total
+
+
+def test_the_sensitive_group_is_raised_first():
+    losses = {"model.lm.0.down": 50.0}
+    found = codes_of(plan(SPECS, KEPT, bits=2.4, sensitivity=losses | {"model.vis.fc": 0.0, "model.lm.0.qkv": 0.0}))
+    assert CODES[found["model.lm.0.down"]].index_bits > 2
+    assert found["model.lm.0.q"] == "4,8,8"
+
+
+def test_tied_and_fused_layers_share_code_and_table():
+    found = {layer.name: layer for layer in plan(SPECS, KEPT, bits=2.5).layers}
+    assert (found["head"].code, found["head"].table) == (found["model.lm.embed"].code, found["model.lm.embed"].table)
+    assert (found["model.lm.0.q"].code, found["model.lm.0.q"].table) == (
+        found["model.lm.0.k"].code,
+        found["model.lm.0.k"].table,
+    )
+    assert sorted({layer.table for layer in found.values()}) == ["t0", "t1", "t2", "t3", "t4"]
+
+
+def test_overrides_hold_and_the_last_one_wins():
+    found = codes_of(plan(SPECS, KEPT, bits=2.6, overrides=[("model.vis.*", "2,6,6"), ("model.vis.fc", "2,8,8")]))
+    assert (found["model.vis.patch"], found["model.vis.fc"]) == ("2,6,6", "2,8,8")
+    assert plan(SPECS, KEPT, bits=2.6, overrides=[("model.vis.*", "2,6,6")]).index_bits() <= 2.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1.9}, "bits 1.9: expected 2 to 4"),
+        ({"bits": 4.1}, "bits 4.1: expected 2 to 4"),
+        ({"overrides": [("nothing.*", "4,8,8")]}, "matches no layer"),
+        ({"overrides": [("*", "2,4,8")]}, "unknown code; use one of 4,8,8 2,6,6 2,8,8"),
+        ({"overrides": [("*.q", "2,8,8")]}, r"group model\.lm\.0\.qkv runs as one node"),
+        ({"overrides": [("head", "2,8,8")]}, r"group model\.lm\.embed runs as one node"),
+        ({"bits": 2.0, "overrides": [("model.vis.*", "2,8,8")]}, "the overrides alone come to"),
+        ({"bits": 2.5, "sensitivity": {"nobody": 1.0}}, "groups that the model lacks: nobody"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        plan(SPECS, KEPT, **arguments)
+
+
+def test_kept_tensors_belong_to_the_part_around_them():
+    layers = plan(SPECS, KEPT).layers
+    assert part_of_kept("model.vis.norm.weight", layers) == "vision"
+    assert part_of_kept("model.lm.norm.weight", layers) == "language"
+    assert part_of_kept("model.lm.0.q.bias", layers) == "language"
+
+
+def test_real_bits_by_hand():
+    found = real_bits(plan(SPECS, KEPT, bits=2.0))
+    # Vision: 32x100 padded to 128x112 and 64x32 padded to 128x32, at 2 bits; 96 scales, 2 tables of 1 KiB, 96 kept.
+    size = (128 * 112 + 128 * 32) // 4 + 2 * 96 + 2 * 1024 + 2 * 96
+    weights = 32 * 100 + 64 * 32 + 96
+    assert (found["vision"].bytes, found["vision"].weights) == (size, weights)
+    assert found["vision"].real == pytest.approx(8 * size / weights)
+    assert found["vision"].index == 2.0
+    assert "head" not in found
+    assert found["total"].bytes == sum(count.bytes for part, count in found.items() if part != "total")
+    assert found["total"].weights == sum(count.weights for part, count in found.items() if part != "total")
+
+
+def test_real_bits_of_one_part_alone():
+    bit_plan = plan(SPECS, KEPT)
+    language = real_bits(bit_plan, ("language",))
+    assert set(language) == {"language", "total"}
+    assert language["total"] == language["language"] == real_bits(bit_plan)["language"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(2.0, 4.0))
+def test_real_bits_exceed_index_bits(bits):
+    total = real_bits(plan(SPECS, {}, bits=bits))["total"]
+    assert total.real > total.index
+
+
+def test_a_plan_survives_json():
+    found = plan(SPECS, KEPT, bits=2.5)
+    assert BitPlan.from_json(found.to_json()) == found
+
+
+def test_planning_imports_no_framework():
+    program = "import sys, toolchain.bitplan, toolchain.folders; print(int('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import toolchain.hf  # noqa: F401 - registers the quantization method
+from toolchain.calibration import read_manifest
+from toolchain.checkpoint import load_quantized
+from toolchain.errors import InputDataError
+from toolchain.models.family import family_for
+from toolchain.modules import vq_modules
+from toolchain.quantize import quantize_checkpoint
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_qwen2_vl, tiny_manifest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("hf") / "out"
+    quantize_checkpoint(tiny_qwen2_vl, read_manifest(tiny_manifest), out, method="rtn", bits=2.5)
+    return out
+
+
+@pytest.fixture(scope="module")
+def inputs(quantized, tiny_manifest):
+    processor = family_for({"model_type": "qwen2_vl"}).load_processor(quantized)
+    return processor.model_inputs(read_manifest(tiny_manifest)[0])
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def assert_same_buffers(first, second):
+    ours, theirs = vq_modules(first), vq_modules(second)
+    assert set(ours) == set(theirs)
+    for name, module in ours.items():
+        for kind in ("codes", "scales", "table"):
+            mine, other = getattr(module, kind), getattr(theirs[name], kind)
+            assert mine.dtype == other.dtype
+            assert torch.equal(mine, other)
+
+
+def test_from_pretrained_equals_our_loader_bit_for_bit(quantized, inputs):
+    ours, theirs = load_quantized(quantized), load(quantized)
+    assert_same_buffers(ours, theirs)
+    assert torch.equal(logits(ours, inputs), logits(theirs, inputs))
+    assert theirs.lm_head.codes is theirs.get_input_embeddings().codes
+
+
+def test_generate_gives_the_same_tokens(quantized, inputs):
+    found = [m.generate(**inputs, max_new_tokens=6) for m in (load_quantized(quantized), load(quantized))]
+    assert torch.equal(*found)
+
+
+def test_save_pretrained_round_trip(quantized, inputs, tmp_path):
+    first = load(quantized)
+    first.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert_same_buffers(first, again)
+    assert torch.equal(logits(first, inputs), logits(again, inputs))
+    stored, original = (load_file(f / "model.safetensors") for f in (tmp_path / "again", quantized))
+    assert set(stored) == set(original)
+    assert torch.equal(logits(load_quantized(tmp_path / "again"), inputs), logits(first, inputs))
+
+
+def test_a_narrower_dtype_leaves_the_format_alone(quantized, inputs):
+    model = load(quantized, torch.bfloat16)
+    assert_same_buffers(load_quantized(quantized), model)
+    pixels = {name: t.bfloat16() if t.is_floating_point() else t for name, t in inputs.items()}
+    assert logits(model, pixels).dtype == torch.bfloat16
+
+
+def test_a_missing_tensor_is_refused(quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.visual.blocks.0.mlp.fc1.codes"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputDataError, match=r"lacks 1 tensors .model\.visual\.blocks\.0\.mlp\.fc1\.codes"):
+        load(folder)

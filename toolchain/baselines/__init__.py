@@ -1,0 +1,1 @@
+"""Methods to compare with, behind the interface of `toolchain.vq.weights.Method`."""

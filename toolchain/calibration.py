@@ -1,0 +1,204 @@
+"""Calibration data: the manifest a user writes, and the second moments of the inputs that layers really see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from toolchain.errors import InputDataError
+from toolchain.modules import patch_rows
+from toolchain.values import LayerSpec, Sample, sha256_file
+
+REQUIRED_KEYS = ("image", "prompt")
+OPTIONAL_KEYS = ("answer",)
+
+
+def read_manifest(path: Path) -> list[Sample]:
+    """The samples of a `.jsonl` manifest: one {"image", "prompt"[, "answer"]} a line, image paths relative to the file.
+
+    Every picture is opened and checked now, so that nothing fails an hour later.
+
+    Raises:
+        InputDataError: the file is missing or empty, or a line is not what it should be; names file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputDataError(f"manifest {path}: cannot be read ({error}); expected a UTF-8 .jsonl file") from None
+    samples = [_sample(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not samples:
+        raise InputDataError(f'manifest {path}: holds no samples; write one {{"image": …, "prompt": …}} a line')
+    return samples
+
+
+def manifest_hash(path: Path) -> str:
+    """SHA-256 of the manifest's lines and of every picture they name, so that changed pixels change it too."""
+    return samples_hash(read_manifest(path))
+
+
+def samples_hash(samples: list[Sample]) -> str:
+    """SHA-256 over prompts, answers and picture bytes, in order; where the files lie does not matter."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        line = [sha256_file(sample.image), sample.prompt, sample.answer]
+        digest.update(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _sample(path: Path, number: int, line: str) -> Sample:
+    where = f"manifest {path}, line {number}"
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise InputDataError(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(data, dict):
+        raise InputDataError(f"{where}: expected a JSON object, found {type(data).__name__}")
+    missing = [key for key in REQUIRED_KEYS if key not in data]
+    unknown = sorted(set(data) - {*REQUIRED_KEYS, *OPTIONAL_KEYS})
+    if missing or unknown:
+        problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+        raise InputDataError(f"{where}: {problem}; the keys are image, prompt and optionally answer")
+    wrong = [key for key, value in data.items() if not (isinstance(value, str) or (key == "answer" and value is None))]
+    if wrong:
+        raise InputDataError(f"{where}: {wrong[0]} must be text, found {type(data[wrong[0]]).__name__}")
+    image = (path.parent / data["image"]).absolute()
+    _check_image(image, where)
+    return Sample(image, data["prompt"], data.get("answer"))
+
+
+def _check_image(image: Path, where: str) -> None:
+    if not image.is_file():
+        raise InputDataError(f"{where}: image {image} does not exist; paths are relative to the manifest")
+    try:
+        with Image.open(image) as picture:
+            picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputDataError(f"{where}: image {image} cannot be read ({error}); save it again as PNG or JPEG") from None
+
+
+@dataclass(frozen=True)
+class CalibrationInput:
+    """One forward pass: the model's keyword arguments (batch of 1); which positions hold picture features, bool[S]."""
+
+    tensors: dict[str, Tensor]
+    is_image: Tensor
+
+
+def calibration_inputs(processor, samples: Iterable[Sample]) -> list[CalibrationInput]:
+    """Samples as forward passes, answers included where there are any; `processor` is a family's."""
+    found = []
+    for sample in samples:
+        tensors = processor.model_inputs(sample, with_answer=True)
+        found.append(CalibrationInput(tensors, processor.is_image(tensors["input_ids"])[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """second_moment float32[n, n], E[x xᵀ] of a layer's inputs, modalities balanced; tokens that went into it."""
+
+    second_moment: Tensor
+    tokens: int
+
+
+@dataclass
+class _Sums:
+    """Running Σ x xᵀ and token counts, one pair a modality."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, modality: str, rows: Tensor) -> None:
+        if len(rows):
+            self.sums[modality] = self.sums.get(modality, 0) + rows.T @ rows
+            self.tokens[modality] = self.tokens.get(modality, 0) + len(rows)
+
+    def moments(self) -> Moments:
+        """Every modality that is present has equal mass, however many tokens it has."""
+        means = [self.sums[name] / self.tokens[name] for name in self.sums]
+        return Moments(torch.stack(means).mean(dim=0), sum(self.tokens.values()))
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass: every layer asked about has been reached."""
+
+
+def collect_moments(
+    model: nn.Module, inputs: Iterable[CalibrationInput], layers: Iterable[LayerSpec]
+) -> dict[str, Moments]:
+    """Layer name → moments of its input over all forward passes, accumulated in float32.
+
+    Layers of one group read the same input and share one `Moments`. A forward pass stops at the last layer asked
+    about, which is not run itself. In decoder layers picture and text tokens have half of the mass each; the head is
+    asked about text positions only, because what it says at a picture's is never read.
+
+    Raises:
+        InputDataError: no input reaches a layer.
+    """
+    layers = tuple(layers)
+    first: dict[str, LayerSpec] = {}
+    for spec in layers:
+        first.setdefault(spec.group, spec)
+    sums = {group: _Sums() for group in first}
+    seen: set[str] = set()
+    state: dict[str, Tensor] = {}
+
+    def hook_for(spec: LayerSpec, kernel: tuple[int, ...] | None):
+        def hook(_module, arguments) -> None:
+            _accumulate(sums[spec.group], spec, arguments[0].detach(), kernel, state["is_image"])
+            seen.add(spec.group)
+            if len(seen) == len(first):
+                raise _AllSeenError
+
+        return hook
+
+    handles = []
+    for spec in first.values():
+        module = model.get_submodule(spec.name)
+        kernel = _kernel_of(module) if spec.kind == "conv" else None
+        handles.append(module.register_forward_pre_hook(hook_for(spec, kernel)))
+    try:
+        for one in inputs:
+            seen.clear()
+            state["is_image"] = one.is_image
+            _run(model, one.tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for group, found in sums.items():
+        if not found.tokens:
+            raise InputDataError(f"layer {first[group].name}: no calibration input reaches it; add pictures")
+    moments = {group: found.moments() for group, found in sums.items()}
+    return {spec.name: moments[spec.group] for spec in layers}
+
+
+def _run(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    try:
+        with torch.no_grad():
+            model(**tensors, use_cache=False)
+    except _AllSeenError:
+        return
+
+
+def _kernel_of(module: nn.Module) -> tuple[int, ...]:
+    kernel: Any = getattr(module, "kernel_size", None) or module.kernel
+    return tuple(kernel)
+
+
+def _accumulate(sums: _Sums, spec: LayerSpec, x: Tensor, kernel: tuple[int, ...] | None, is_image: Tensor) -> None:
+    rows = (patch_rows(x, kernel) if kernel else x).reshape(-1, spec.columns).float()
+    if spec.part not in ("language", "head") or len(rows) != len(is_image):
+        sums.add("all", rows)
+        return
+    sums.add("text", rows[~is_image])
+    if spec.part == "language":
+        sums.add("image", rows[is_image])

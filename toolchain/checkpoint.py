@@ -1,0 +1,206 @@
+"""Checkpoints in and out of memory: float ones through transformers, quantized ones through our own strict loader."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from toolchain import __version__
+from toolchain.bitplan import real_bits
+from toolchain.errors import InputDataError, UsageError
+from toolchain.folders import WEIGHTS, Checkpoint, TensorInfo, check_output, open_checkpoint, staged_folder
+from toolchain.install import TABLES, check_values, install_layers, layers_from_json, layers_json, link_shared
+from toolchain.values import FORMAT_VERSION, BitPlan, LayerPlan, sha256_file, write_json
+
+__all__ = [
+    "Checkpoint",
+    "check_output",
+    "load_any",
+    "load_model",
+    "load_quantized",
+    "open_checkpoint",
+    "staged_folder",
+    "write_quantized",
+]
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The transformers model of a float checkpoint, in eval mode; every weight comes from the file.
+
+    Raises:
+        InputDataError: the checkpoint is broken, or lacks or has too many tensors for its architecture.
+        UsageError: it is quantized already.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.is_quantized:
+        raise UsageError(f"checkpoint {folder} is quantized already; name the float checkpoint it was made from")
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    model, info = loaded
+    _refuse_odd_keys(Path(folder), set(info["missing_keys"]), set(info["unexpected_keys"]))
+    return model.eval()
+
+
+def _refuse_odd_keys(folder: Path, missing: set[str], unexpected: set[str]) -> None:
+    for odd, words in ((missing, "lacks"), (unexpected, "has, but the architecture does not,")):
+        if odd:
+            names = ", ".join(sorted(odd)[:3])
+            raise InputDataError(
+                f"checkpoint {folder} {words} {len(odd)} tensors ({names}); download or quantize it again, "
+                "or check that config.json belongs to these weights"
+            )
+
+
+def kept_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype most float elements of a checkpoint are stored in."""
+    counts: Counter[torch.dtype] = Counter()
+    for info in checkpoint.tensors.values():
+        if TORCH_DTYPES.get(info.dtype, torch.int8).is_floating_point:
+            counts[TORCH_DTYPES[info.dtype]] += info.elements
+    return counts.most_common(1)[0][0] if counts else torch.float16
+
+
+def is_format_tensor(name: str) -> bool:
+    """Whether a stored tensor is codes, scales or a table, whose dtype is part of the format."""
+    return name.startswith(f"{TABLES}.") or name.endswith((".codes", ".scales"))
+
+
+def _as_kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype` where that loses nothing, which it does for what came from a file of that dtype."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    narrowed = tensor.to(dtype)
+    return narrowed if torch.equal(narrowed.to(tensor.dtype), tensor) else tensor
+
+
+def write_quantized(
+    model: nn.Module,
+    base: Checkpoint,
+    folder: Path,
+    plan: BitPlan,
+    *,
+    method: str,
+    calibration: dict[str, Any],
+) -> None:
+    """Fill an empty folder with a quantized checkpoint: weights, config, bit plan, and the base's side files.
+
+    Args:
+        model: with the plan's layers installed and linked (see `toolchain.install`).
+        base: the checkpoint it was made from.
+        calibration: JSON-clean provenance of the statistics.
+    """
+    dtype = kept_dtype(base)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = (tensor if is_format_tensor(name) else _as_kept(tensor, dtype)).contiguous()
+    # One key only: safetensors writes several in random order, and the same run must give the same bytes. The versions
+    # stand in config.json.
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    for path in base.side_files():
+        shutil.copyfile(path, folder / path.name)
+    write_json(folder / "bitplan.json", plan.to_json())
+    config = {k: v for k, v in base.config.items() if k != "quantization_config"}
+    config["quantization_config"] = _quantization_config(base, plan, method, calibration)
+    write_json(folder / "config.json", config)
+
+
+def _quantization_config(base: Checkpoint, plan: BitPlan, method: str, calibration: dict[str, Any]) -> dict[str, Any]:
+    counts = real_bits(plan)
+    weights = {shard.name: sha256_file(shard) for shard in base.shards}
+    return {
+        "quant_method": "mgvq",
+        "format_version": FORMAT_VERSION,
+        "tool_version": __version__,
+        "method": method,
+        "layers": layers_json(plan),
+        "bits": {"index": counts["total"].index, "model": counts["total"].real}
+        | {part: count.real for part, count in counts.items() if part != "total"},
+        "calibration": calibration,
+        "base_model": {"name": base.folder.resolve().name, "weights_sha256": weights},
+    }
+
+
+def quantized_layers(config: dict[str, Any], where: str) -> tuple[LayerPlan, ...]:
+    """The layers of a checkpoint's quantization_config.
+
+    Raises:
+        InputDataError: there is none, or it is of a format version that is not known here.
+    """
+    found = config.get("quantization_config") or {}
+    if found.get("quant_method") != "mgvq":
+        raise InputDataError(f"{where}: not an mgvq checkpoint; expected quantization_config.quant_method 'mgvq'")
+    if found.get("format_version") != FORMAT_VERSION:
+        raise InputDataError(
+            f"{where}: weight format version {found.get('format_version')}, this mgvq reads {FORMAT_VERSION}; "
+            "install the version that wrote it, or quantize again"
+        )
+    if not isinstance(found.get("layers"), dict) or not found["layers"]:
+        raise InputDataError(f"{where}: quantization_config names no layers; copy or quantize the checkpoint again")
+    return layers_from_json(found["layers"])
+
+
+def load_quantized(folder: Path | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a quantized checkpoint, in eval mode, computing in `dtype`; loaded whole or not at all.
+
+    Raises:
+        InputDataError: a tensor is missing, unexpected, of another shape or dtype, or holds values none would write.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    checkpoint = open_checkpoint(folder)
+    layers = quantized_layers(checkpoint.config, str(checkpoint.folder))
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    with no_init_weights():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    install_layers(model, layers)
+    expected = model.state_dict()
+    check_tensors(checkpoint.folder, checkpoint.tensors, expected)
+    state: dict[str, Tensor] = {}
+    for shard in checkpoint.shards:
+        with safe_open(shard, framework="pt") as stored:
+            state |= {name: stored.get_tensor(name).to(expected[name].dtype) for name in stored.keys()}  # noqa: SIM118
+    model.load_state_dict(state, strict=True, assign=True)
+    link_shared(model, layers)
+    check_values(model)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model.eval()
+
+
+def load_any(folder: Path | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a checkpoint folder, quantized or not; see `load_model` and `load_quantized`."""
+    load = load_quantized if open_checkpoint(folder).is_quantized else load_model
+    return load(folder, dtype)
+
+
+def check_tensors(folder: Path, stored: dict[str, TensorInfo], expected: dict[str, Tensor]) -> None:
+    """Refuse a file whose tensors are not exactly those of the model; kept tensors may be of any float dtype.
+
+    Raises:
+        InputDataError: naming the first tensors that differ.
+    """
+    _refuse_odd_keys(folder, set(expected) - set(stored), set(stored) - set(expected))
+    for name, tensor in expected.items():
+        info = stored[name]
+        same_dtype = TORCH_DTYPES.get(info.dtype) == tensor.dtype
+        both_float = tensor.is_floating_point() and TORCH_DTYPES.get(info.dtype, torch.int8).is_floating_point
+        if info.shape != tuple(tensor.shape) or not (same_dtype or (both_float and not is_format_tensor(name))):
+            wanted = f"{SAFETENSORS_NAMES.get(tensor.dtype, tensor.dtype)}{list(tensor.shape)}"
+            raise InputDataError(
+                f"checkpoint {folder}, tensor {name}: expected {wanted}, found {info.dtype}{list(info.shape)}; "
+                "copy or quantize it again"
+            )

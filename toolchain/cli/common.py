@@ -1,0 +1,110 @@
+"""What verbs share: option types, output as text or JSON, progress that suits where it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolchain.errors import UsageError
+
+
+class Format(str, Enum):
+    text = "text"
+    json = "json"
+
+
+class Provider(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
+ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Folder of a transformers checkpoint.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")]
+CalibOption = Annotated[
+    Path, typer.Option("--calib", help='Manifest, one {"image", "prompt"[, "answer"]} a line, paths relative to it.')
+]
+TargetOption = Annotated[str, typer.Option("--target", help="Board to plan for; see mgvq targets.")]
+BitsOption = Annotated[
+    float, typer.Option("--bits", min=2.0, max=4.0, help="Index bits averaged over the quantized weights.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+ProviderOption = Annotated[Provider, typer.Option("--provider", help="onnxruntime's execution provider.")]
+
+
+def emit(data: dict[str, Any], text: str, form: Format) -> None:
+    """Print the result: `data` as JSON or `text` for people."""
+    print(json.dumps(data, indent=2, default=str) if form is Format.json else text)
+
+
+class Progress:
+    """Progress on stderr: a live line on a terminal, else a plain line when a stage starts and every 30 seconds."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._stage, self._last, self._began = "", 0.0, time.monotonic()
+
+    def stage(self, title: str) -> None:
+        """A new stage begins."""
+        self._clear()
+        self._stage, self._last, self._began = title, time.monotonic(), time.monotonic()
+        print(title, file=sys.stderr, flush=True)
+
+    def step(self, done: int, total: int, what: str = "") -> None:
+        """`done` of `total` within the stage; estimates the time left from the time taken."""
+        now = time.monotonic()
+        left = (now - self._began) / max(done, 1) * (total - done)
+        line = f"  {done}/{total} {what}" + (f"  about {left:.0f} s left" if 0 < done < total else "")
+        if self._live:
+            print(f"\r\033[K{line[:100]}", end="", file=sys.stderr, flush=True)
+        elif now - self._last >= 30:
+            self._last = now
+            print(line, file=sys.stderr, flush=True)
+
+    def done(self, summary: str) -> None:
+        """The stage is over; `summary` says what came of it."""
+        self._clear()
+        print(f"  {summary}  ({time.monotonic() - self._began:.0f} s)", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Rows as a plain aligned table with a header."""
+    cells = [columns] + [[str(row.get(c, "")) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in cells)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.4 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "3GiB", "900MiB", "2.5GB" or a plain number.
+
+    Raises:
+        UsageError: not a size.
+    """
+    units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
+    digits = text.strip().lower().rstrip("gimkb")
+    unit = text.strip().lower()[len(digits) :]
+    try:
+        value = float(digits) * units[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"size {text!r}: expected a number with a unit, such as 3GiB or 900MiB") from None
+    return int(value)

@@ -1,0 +1,154 @@
+"""Verbs that run the whole line: all, demo, eval."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolchain.cli.app import app
+from toolchain.cli.common import (
+    Format,
+    FormatOption,
+    ModelOption,
+    Progress,
+    Provider,
+    emit,
+    parse_size,
+)
+from toolchain.errors import StoppedError, UsageError
+
+
+class Resume(str, Enum):
+    auto = "auto"
+    required = "required"
+    never = "never"
+
+
+ResumeOption = Annotated[Resume, typer.Option(help="Continue a run found in the output folder.")]
+RunOption = Annotated[Path, typer.Option("--output", "-o", help="Run folder.")]
+
+
+@app.command(name="all")
+def all_stages(
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a transformers checkpoint.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Calibration manifest (.jsonl).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Evaluation manifest with answers; accuracy is measured if given.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")] = None,
+    target: Annotated[str | None, typer.Option(help="Board to plan for; see mgvq targets.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Index bits averaged over the quantized weights, 2 to 4.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Refuse when all weights are larger, such as 3GiB.")] = None,
+    provider: Annotated[Provider | None, typer.Option(help="onnxruntime's execution provider.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in JSON or TOML; flags win over it.")] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as quantize.seed=1.")] = None,
+    resume: ResumeOption = Resume.auto,
+    form: FormatOption = Format.text,
+) -> None:
+    """Run the whole line: plan, quantize, evaluate, export, rewrite, validate, bundle, report."""
+    from toolchain.config import resolve
+
+    flags: dict[str, Any] = {"model": model, "calib": calib, "data": data, "output": output, "target": target}
+    flags |= {"quantize.bits": bits, "budget_bytes": parse_size(budget) if budget else None}
+    flags |= {"validation.provider": provider.value if provider else None}
+    settings, origin = resolve(flags, assign or [], config)
+    facts = _run(settings, origin, resume, ())
+    emit(facts, _text(facts), form)
+
+
+@app.command()
+def demo(
+    output: RunOption = Path("runs/demo"),
+    bits: Annotated[float | None, typer.Option(help="Index bits averaged over the quantized weights, 2 to 4.")] = None,
+    resume: ResumeOption = Resume.auto,
+    form: FormatOption = Format.text,
+) -> None:
+    """Run the whole line on the built-in model and pictures, with round-to-nearest beside it. No network."""
+    from toolchain import demo as builtin
+    from toolchain.config import resolve
+
+    flags: dict[str, Any] = {"model": builtin.MODEL, "calib": builtin.CALIBRATION, "data": builtin.EVALUATION}
+    settings, origin = resolve(flags | {"output": output, "quantize.bits": bits}, [], None)
+    facts = _run(settings, origin, resume, ("rtn",))
+    emit(facts, _text(facts), form)
+
+
+def _run(settings, origin: dict[str, str], resume: Resume, baselines: tuple[str, ...]) -> dict[str, Any]:
+    from toolchain.line import check, run_line
+    from toolchain.runfolder import RunFolder
+    from toolchain.values import write_json
+
+    began, progress = time.monotonic(), Progress()
+    checked = check(settings)
+    try:
+        with RunFolder(settings.output, shlex.join(["mgvq", *sys.argv[1:]]), resume.value) as run:
+            resolved = {"settings": settings.model_dump(mode="json"), "origin": origin}
+            write_json(settings.output / "config.resolved.json", resolved)
+            facts = run_line(checked, run, progress, baselines) | {"seconds": round(time.monotonic() - began, 1)}
+            run.note("result", facts)
+    except KeyboardInterrupt:
+        raise StoppedError(
+            f"stopped; finished stages are kept in {settings.output}, the same command goes on from there"
+        ) from None
+    return facts
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines = []
+    for name, accuracy in facts.get("accuracy", {}).items():
+        lines.append(f"accuracy {name:<10} {100 * accuracy:6.1f} %")
+    bits = facts["bits"]
+    lines.append(
+        f"bits       index {bits['index']:.2f}, real {bits['model']:.2f} over the model, {bits['language']:.2f} over the decoder"
+    )
+    lines.append(f"validation {facts['validation']['text']}")
+    lines.append(f"bundle     {facts['bundle']}")
+    lines.append(f"report     {facts['report']}")
+    lines.append(f"next       mgvq run {facts['bundle']} --image PICTURE --prompt QUESTION")
+    return "\n".join(lines)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelOption,
+    data: Annotated[Path, typer.Option(help="Manifest whose lines have answers.")],
+    calib: Annotated[Path | None, typer.Option(help="Calibration manifest; refused when it shares a picture.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    form: FormatOption = Format.text,
+) -> None:
+    """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest."""
+    from toolchain.calibration import read_manifest
+    from toolchain.checkpoint import load_any
+    from toolchain.evaluate import answer_all, refuse_overlap
+    from toolchain.models.family import family_for, read_config
+    from toolchain.models.runner import torch_graphs
+    from toolchain.modules import keep_decoded
+
+    config = read_config(model)
+    family = family_for(config)
+    samples = read_manifest(data)
+    if calib is not None:
+        refuse_overlap(read_manifest(calib), samples)
+    host, loaded, progress = family.load_host(config, model), load_any(model), Progress()
+    progress.stage(f"evaluate   {model} on {len(samples)} questions")
+    with keep_decoded(loaded):
+        found = answer_all(
+            host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step
+        )
+    wrong = [a for a in found.answers if not a.is_right]
+    if not samples:
+        raise UsageError("nothing to evaluate")
+    data_out = {"accuracy": found.accuracy, "questions": len(samples), "wrong": [
+        {"image": a.sample.image.name, "prompt": a.sample.prompt, "answer": a.sample.answer, "given": a.given} for a in wrong
+    ]}  # fmt: skip
+    examples = "".join(
+        f"\n  {w.sample.image.name} {w.sample.prompt} expected {w.sample.answer!r}, given {w.given!r}"
+        for w in wrong[:5]
+    )
+    emit(data_out, f"accuracy {100 * found.accuracy:.1f} % of {len(samples)}{examples}", form)

@@ -1,0 +1,147 @@
+"""One verb per stage, each repeatable alone from what the stage before it wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolchain.cli.app import app
+from toolchain.cli.common import (
+    BitsOption,
+    CalibOption,
+    Format,
+    FormatOption,
+    ModelOption,
+    OutputOption,
+    Progress,
+    Provider,
+    ProviderOption,
+    SeedOption,
+    emit,
+    size,
+    table,
+)
+from toolchain.errors import UsageError
+
+
+def parse_codes(assignments: list[str]) -> list[tuple[str, str]]:
+    """(pattern, code) of each "PATTERN=V,k,L"."""
+    pairs = [text.rpartition("=") for text in assignments]
+    for text, (pattern, _, _) in zip(assignments, pairs):
+        if not pattern:
+            raise UsageError(f"--code {text!r}: expected PATTERN=V,k,L, such as '*.o_proj=2,6,6'")
+    return [(pattern, code) for pattern, _, code in pairs]
+
+
+@app.command()
+def quantize(
+    model: ModelOption,
+    calib: CalibOption,
+    output: OutputOption,
+    bits: BitsOption = 2.0,
+    method: Annotated[str, typer.Option(help="mgvq, nearest (plain codebook) or rtn (round to nearest).")] = "mgvq",
+    code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
+    seed: SeedOption = 0,
+    form: FormatOption = Format.text,
+) -> None:
+    """Quantize a checkpoint into a folder that from_pretrained loads after `import toolchain.hf`."""
+    from toolchain.calibration import read_manifest
+    from toolchain.folders import check_output
+    from toolchain.inspection import quantize_summary
+    from toolchain.models.family import family_for, read_config
+    from toolchain.quantize import quantize_checkpoint
+
+    overrides = parse_codes(code or [])
+    check_output(output)
+    family_for(read_config(model))
+    progress = Progress()
+    progress.stage(f"quantize   {model}")
+    result = quantize_checkpoint(
+        model,
+        read_manifest(calib),
+        output,
+        method=method,
+        bits=bits,
+        overrides=overrides,
+        seed=seed,
+        progress=lambda layer, done, total: progress.step(done, total, layer.name),
+    )
+    summary = quantize_summary(result)
+    rows = [
+        {"layer": x["name"], "code": x["code"], "relative error": f"{x['relative_error']:.4f}"}
+        for x in summary["per_layer"]
+    ]
+    text = table(rows, ["layer", "code", "relative error"])
+    emit(
+        summary, f"{text}\n{output}: {summary['bits']['model']:.3f} real bits a weight, {size(summary['bytes'])}", form
+    )
+
+
+@app.command()
+def export(model: ModelOption, output: OutputOption, form: FormatOption = Format.text) -> None:
+    """Export a checkpoint, quantized or not, to vision, embed and decoder reference graphs."""
+    from toolchain.checkpoint import load_any
+    from toolchain.folders import staged_folder
+    from toolchain.graph.export import reference_graphs_from_model
+    from toolchain.models.family import family_for, read_config
+
+    family = family_for(read_config(model))
+    with staged_folder(output) as folder:
+        graphs = reference_graphs_from_model(load_any(model), family, folder)
+    rows = [dataclasses.asdict(g) | {"path": str(output / g.path.name), "seconds": round(g.seconds, 1)} for g in graphs]
+    emit({"graphs": rows}, table(rows, ["name", "nodes", "vq_nodes", "weight_bytes", "seconds", "path"]), form)
+
+
+@app.command()
+def rewrite(
+    graphs: Annotated[Path, typer.Argument(help="Folder of reference graphs, as mgvq export writes it.")],
+    output: OutputOption,
+    form: FormatOption = Format.text,
+) -> None:
+    """Rewrite reference graphs to the device form (plugin nodes, weights outside) and the portable form."""
+    from toolchain.folders import staged_folder
+    from toolchain.graph.pipeline import device_form, portable_form, reference_paths
+
+    reference_paths(graphs)
+    with staged_folder(output) as folder:
+        for name in ("device", "portable"):
+            (folder / name).mkdir()
+        portable_form(graphs, folder / "portable")
+        report = device_form(graphs, folder / "device")
+    data = report.to_json()
+    rows = [
+        {"graph": g["name"], "nodes": f"{g['nodes_before']} → {g['nodes_after']}", "VQ nodes": g["vq_nodes"]}
+        for g in data["graphs"]
+    ]
+    emit(data, table(rows, ["graph", "nodes", "VQ nodes"]) + f"\nweights outside: {size(report.sidecar_bytes)}", form)
+
+
+@app.command()
+def validate(
+    model: ModelOption,
+    quantized: Annotated[Path, typer.Option(help="The quantized checkpoint.")],
+    graphs: Annotated[Path, typer.Option(help="Folder of reference graphs.")],
+    device: Annotated[Path, typer.Option(help="Folder of device graphs.")],
+    calib: CalibOption,
+    output: OutputOption,
+    steps: Annotated[int, typer.Option(min=1, help="Greedy decode steps to compare.")] = 4,
+    samples: Annotated[int, typer.Option(min=2, help="Manifest lines to compare on.")] = 3,
+    provider: ProviderOption = Provider.cpu,
+    form: FormatOption = Format.text,
+) -> None:
+    """Compare torch, reference graphs and device graphs at every tap. Exit 4 names the first that is off."""
+    from toolchain.calibration import read_manifest
+    from toolchain.folders import staged_folder
+    from toolchain.graph.validate import validate_line
+    from toolchain.models.family import family_for, read_config
+
+    family = family_for(read_config(model))
+    chosen = read_manifest(calib)[:samples]
+    with staged_folder(output) as folder:
+        report = validate_line(
+            family, model, quantized, graphs, device, chosen, folder, steps=steps, provider=provider.value
+        )
+    emit(report.to_json(), report.text(), form)

@@ -1,0 +1,138 @@
+"""Every setting of a run, with its default in one place: flags over --set over --config FILE over these defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from toolchain.errors import InputDataError, UsageError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QuantizeSettings(Section):
+    """How weights are coded. `bits` are index bits averaged over the quantized weights."""
+
+    method: Literal["mgvq", "nearest", "rtn"] = "mgvq"
+    bits: float = Field(2.0, ge=2.0, le=4.0)
+    codes: dict[str, str] = Field(default_factory=dict, description="module-name pattern → code V,k,L; last match wins")
+    seed: int = 0
+    samples: int | None = Field(None, gt=0, description="use the first N calibration lines; all when absent")
+
+
+class PlanSettings(Section):
+    """What the memory plan is computed for."""
+
+    context: int | None = Field(None, gt=0, description="tokens; the target's default when absent")
+    image: str | None = Field(None, pattern=r"^\d+x\d+$", description="largest picture, WIDTHxHEIGHT pixels")
+
+
+class ValidateSettings(Section):
+    """How stages are compared: greedy decode steps, and onnxruntime's provider."""
+
+    steps: int = Field(4, ge=1)
+    samples: int = Field(3, ge=1)
+    provider: Literal["cpu", "cuda"] = "cpu"
+
+
+class Settings(Section):
+    """One run of the whole line."""
+
+    model: Path
+    output: Path
+    calib: Path
+    data: Path | None = Field(None, description="evaluation manifest; accuracy is measured when given")
+    target: str = "orin-nano-8gb"
+    budget_bytes: int | None = Field(None, gt=0, description="refuse when the whole model's weights are larger")
+    quantize: QuantizeSettings = QuantizeSettings()
+    plan: PlanSettings = PlanSettings()
+    validation: ValidateSettings = ValidateSettings()
+
+
+def resolve(flags: dict[str, Any], assignments: list[str], file: Path | None) -> tuple[Settings, dict[str, str]]:
+    """(settings, dotted key → where its value came from: "flag", "set", "file" or "default").
+
+    `flags` holds dotted keys; None means the flag was not given. `assignments` are "a.b=c" strings, c in JSON or plain.
+
+    Raises:
+        UsageError: an unknown key, a value of the wrong type, or a malformed assignment, named.
+        InputDataError: the file is missing or does not parse.
+    """
+    layers = [("file", _flatten(_read(file)) if file else {})]
+    layers.append(("set", dict(_assignment(text) for text in assignments)))
+    layers.append(("flag", {k: v for k, v in flags.items() if v is not None}))
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, layer in layers:
+        values |= layer
+        origin |= dict.fromkeys(layer, name)
+    try:
+        settings = Settings.model_validate(_nest(values))
+    except ValidationError as error:
+        raise UsageError(_first_problem(error, origin)) from None
+    known = _flatten(settings.model_dump(mode="json"))
+    return settings, {key: origin.get(key, "default") for key in known}
+
+
+def _first_problem(error: ValidationError, origin: dict[str, str]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    source = origin.get(key, "settings")
+    if first["type"] == "missing":
+        return f"setting {key!r} is required; give it as a flag (--{key.split('.')[-1]}), with --set, or in --config"
+    found = "" if first["type"] == "extra_forbidden" else f", found {first.get('input')!r}"
+    return f"setting {key!r} (from {source}): {first['msg']}{found}; see mgvq all --help"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputDataError(f"configuration {file} does not exist; expected a JSON or TOML file")
+    try:
+        if file.suffix == ".toml":
+            from toolchain.target import parse_toml
+
+            return parse_toml(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputDataError(
+            f"configuration {file}: {error}; expected JSON, or TOML when the name ends in .toml"
+        ) from None
+    if not isinstance(data, dict):
+        raise InputDataError(f"configuration {file}: expected an object of settings, found {type(data).__name__}")
+    return data
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UsageError(f"--set {text!r}: expected key=value, such as quantize.bits=2.5")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value and f"{prefix}{key}" != "quantize.codes":
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested

@@ -1,0 +1,97 @@
+"""Stored inputs and outputs of a run through the graphs, for another machine to repeat.
+
+reference.json           {"source", "calls": [{"step", "graph", "inputs", "outputs"}]}: names, in call order
+reference.safetensors    NNN.in.NAME and NNN.out.NAME of call NNN
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from toolchain.device.answer import Decoding, Graphs
+from toolchain.device.families import Host, Prepared
+from toolchain.device.families.base import Feeds
+from toolchain.errors import InputDataError
+from toolchain.values import FORMAT_VERSION, write_json
+
+TENSORS = "reference.safetensors"
+INDEX = "reference.json"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one graph: `step` says where in the run it was made (batch2.0.prefill, batch2.0.decode1, …)."""
+
+    step: str
+    graph: str
+    feeds: dict[str, NDArray]
+    outputs: dict[str, NDArray]
+
+
+def record_calls(host: Host, graphs: Graphs, batches: Sequence[list[Prepared]], decode_steps: int) -> list[Call]:
+    """Every graph call of prefill and `decode_steps` greedy tokens of each batch of prompts."""
+    calls: list[Call] = []
+    for number, prompts in enumerate(batches):
+        calls += _calls_of_batch(host, graphs, prompts, decode_steps, f"batch{len(prompts)}.{number}")
+    return calls
+
+
+def _calls_of_batch(host: Host, graphs: Graphs, prompts: list[Prepared], decode_steps: int, name: str) -> list[Call]:
+    calls: list[Call] = []
+    step = f"{name}.prefill"
+
+    def watch(graph: str, feeds: Feeds, outputs: Feeds) -> None:
+        # The cache's views change with the next append.
+        copied = {key: np.array(array) for key, array in feeds.items()}
+        calls.append(Call(step, graph, copied, dict(outputs)))
+
+    decoding = Decoding(host, graphs, prompts, decode_steps + 1, watch)
+    logits = decoding.prefill()
+    for n in range(1, decode_steps + 1):
+        step = f"{name}.decode{n}"
+        logits = decoding.step(logits.argmax(axis=-1).astype(np.int64))
+    return calls
+
+
+def store_reference(folder: Path, calls: Sequence[Call], source: str) -> None:
+    """Write calls to reference.safetensors and reference.json in an existing folder."""
+    tensors: dict[str, NDArray] = {}
+    index = []
+    for number, call in enumerate(calls):
+        for kind, arrays in (("in", call.feeds), ("out", call.outputs)):
+            tensors |= {f"{number:03d}.{kind}.{name}": np.ascontiguousarray(x) for name, x in arrays.items()}
+        index.append(
+            {"step": call.step, "graph": call.graph, "inputs": list(call.feeds), "outputs": list(call.outputs)}
+        )
+    save_file(tensors, folder / TENSORS)
+    write_json(folder / INDEX, {"format_version": FORMAT_VERSION, "source": source, "calls": index})
+
+
+def load_reference(folder: Path) -> list[Call]:
+    """What `store_reference` wrote.
+
+    Raises:
+        InputDataError: a file is missing, or the two do not belong together.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+        return [_call_from_index(number, entry, tensors) for number, entry in enumerate(index["calls"])]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputDataError(
+            f"{folder}: expected {INDEX} and {TENSORS} of one run ({error}); run `mgvq validate` again"
+        ) from error
+
+
+def _call_from_index(number: int, entry: dict[str, Any], tensors: dict[str, NDArray]) -> Call:
+    feeds = {name: tensors[f"{number:03d}.in.{name}"] for name in entry["inputs"]}
+    outputs = {name: tensors[f"{number:03d}.out.{name}"] for name in entry["outputs"]}
+    return Call(entry["step"], entry["graph"], feeds, outputs)

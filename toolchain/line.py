@@ -1,0 +1,312 @@
+"""The whole line, from a checkpoint to a validated bundle: the stages in order, each with what it is made from.
+
+10-plan  20-quantize  21-baseline-METHOD  25-evaluate  30-export  40-rewrite  50-validate  → bundle/  report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from toolchain.calibration import read_manifest, samples_hash
+from toolchain.config import Settings
+from toolchain.errors import BudgetError
+from toolchain.evaluate import refuse_overlap
+from toolchain.folders import Checkpoint, open_checkpoint
+from toolchain.models.family import Family, family_for, read_config
+from toolchain.planning import ModelPlan, plan_model
+from toolchain.runfolder import RunFolder, StageResult
+from toolchain.target import Target, load_target
+from toolchain.values import Sample, sha256_file, write_json
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def stage(self, title: str) -> None: ...
+    def step(self, done: int, total: int, what: str = "") -> None: ...
+    def done(self, summary: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Everything that was looked at before any work began."""
+
+    settings: Settings
+    target: Target
+    family: Family
+    checkpoint: Checkpoint
+    calibration: list[Sample]
+    evaluation: list[Sample]
+    plan: ModelPlan
+
+
+def check(settings: Settings) -> Checked:
+    """Refuse before any work whatever can be refused: target, architecture, files, manifests, memory, in this order.
+
+    Raises:
+        UnsupportedError, InputDataError, BudgetError: the first thing that is wrong.
+    """
+    target = load_target(settings.target)
+    family = family_for(read_config(settings.model))
+    checkpoint = open_checkpoint(settings.model)
+    calibration = read_manifest(settings.calib)[: settings.quantize.samples]
+    evaluation = read_manifest(settings.data) if settings.data else []
+    refuse_overlap(calibration, evaluation)
+    plan = plan_model(
+        settings.model,
+        target,
+        settings.quantize.bits,
+        settings.plan.context,
+        _image(settings.plan.image),
+        settings.budget_bytes,
+        tuple(settings.quantize.codes.items()),
+    )
+    if plan.problems:
+        advice = "; ".join(f"{a.change} to {a.to}" for a in plan.advice) or "choose a larger target (mgvq targets)"
+        raise BudgetError(f"{settings.model} does not fit {settings.target}: {plan.problems[0]}; {advice}")
+    return Checked(settings, target, family, checkpoint, calibration, evaluation, plan)
+
+
+def _image(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def run_line(checked: Checked, run: RunFolder, reporter: Reporter, baselines: Sequence[str] = ()) -> dict[str, Any]:
+    """Run every stage that is not already there; the facts that `mgvq all` and `mgvq demo` print.
+
+    Raises:
+        NumericGateError: a stage does not compute what it should; the report is in 50-validate.
+        InputDataError: a file broke on the way.
+    """
+    facts: dict[str, Any] = {}
+    _plan_stage(checked, run, reporter)
+    quantized = _quantize_stage(checked, run, reporter, "20-quantize", checked.settings.quantize.method)
+    facts["bits"] = quantized.summary["bits"]
+    others = {m: _quantize_stage(checked, run, reporter, f"21-baseline-{m}", m) for m in baselines}
+    if checked.evaluation:
+        evaluated = _evaluate_stage(checked, run, reporter, quantized, others)
+        facts["accuracy"] = evaluated.summary["accuracy"]
+    exported = _export_stage(checked, run, reporter, quantized)
+    rewritten = _rewrite_stage(run, reporter, exported)
+    validated = _validate_stage(checked, run, reporter, quantized, exported, rewritten)
+    facts["validation"] = validated.summary
+    facts["bundle"] = str(_bundle(checked, run, reporter, quantized, rewritten, validated))
+    facts["report"] = str(_report(checked, run, facts))
+    return facts
+
+
+def _plan_stage(checked: Checked, run: RunFolder, reporter: Reporter) -> StageResult:
+    def work(folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        write_json(folder / "bitplan.json", checked.plan.bits.to_json())
+        write_json(folder / "memory.json", _plain(checked.plan.to_json()))
+        write_json(folder / "target.json", checked.target.to_json())
+        return {"peak_bytes": checked.plan.memory.peak_bytes, "fits": True}
+
+    reporter.stage(f"plan       {checked.settings.model} on {checked.target.title}")
+    settings = checked.settings
+    inputs = {"config": sha256_file(settings.model / "config.json"), "target": checked.target.to_json()}
+    inputs |= {"bits": settings.quantize.bits, "codes": settings.quantize.codes, "plan": settings.plan.model_dump()}
+    result = run.stage("10-plan", inputs, work)
+    usable = checked.plan.memory.usable_bytes / 2**20
+    reporter.done(f"{_note(result)}peak {result.summary['peak_bytes'] / 2**20:.0f} of {usable:.0f} MiB usable")
+    return result
+
+
+def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: str, method: str) -> StageResult:
+    from toolchain.inspection import quantize_summary
+    from toolchain.quantize import quantize_checkpoint
+
+    settings = checked.settings
+
+    def work(folder: Path) -> dict[str, Any]:
+        result = quantize_checkpoint(
+            settings.model,
+            checked.calibration,
+            folder,
+            method=method,
+            bits=settings.quantize.bits,
+            overrides=list(settings.quantize.codes.items()),
+            seed=settings.quantize.seed,
+            progress=lambda layer, done, total: reporter.step(done, total, layer.name),
+        )
+        return quantize_summary(result)
+
+    reporter.stage(f"quantize   {method}, {settings.quantize.bits:g} index bits, {len(checked.calibration)} samples")
+    shards = {path.name: sha256_file(path) for path in checked.checkpoint.shards}
+    inputs = {"weights": shards, "calibration": samples_hash(checked.calibration), "method": method}
+    inputs |= {"settings": settings.quantize.model_dump(exclude={"method"})}
+    result = run.stage(name, inputs, work)
+    reporter.done(
+        f"{_note(result)}{result.summary['layers']} layers, {result.summary['bits']['model']:.2f} real bits a weight over the model"
+    )
+    return result
+
+
+def _evaluate_stage(checked, run: RunFolder, reporter: Reporter, quantized: StageResult, others) -> StageResult:
+    from toolchain.checkpoint import load_model, load_quantized
+    from toolchain.evaluate import answer_all
+    from toolchain.models.runner import torch_graphs
+    from toolchain.modules import keep_decoded
+
+    settings = checked.settings
+    host = checked.family.load_host(checked.checkpoint.config, settings.model)
+
+    def answers(model) -> dict[str, Any]:
+        with keep_decoded(model):
+            found = answer_all(
+                host,
+                torch_graphs(checked.family, model),
+                checked.evaluation,
+                progress=reporter.step,
+            )
+        given = [
+            {"image": a.sample.image.name, "prompt": a.sample.prompt, "answer": a.sample.answer, "given": a.given}
+            for a in found.answers
+        ]
+        return {"accuracy": found.accuracy, "answers": given}
+
+    def work(folder: Path) -> dict[str, Any]:
+        results = {
+            "fp": answers(load_model(settings.model)),
+            settings.quantize.method: answers(load_quantized(quantized.folder)),
+        }
+        for method, stage in others.items():
+            results[method] = answers(load_quantized(stage.folder))
+        folder.mkdir()
+        write_json(folder / "answers.json", results)
+        return {"accuracy": {name: result["accuracy"] for name, result in results.items()}}
+
+    reporter.stage(f"evaluate   {len(checked.evaluation)} held-out questions")
+    inputs = {"evaluation": samples_hash(checked.evaluation), "baselines": [s.key for s in others.values()]}
+    result = run.stage("25-evaluate", inputs, work)
+    reporter.done(_note(result) + ", ".join(f"{k} {100 * v:.1f} %" for k, v in result.summary["accuracy"].items()))
+    return result
+
+
+def _export_stage(checked: Checked, run: RunFolder, reporter: Reporter, quantized: StageResult) -> StageResult:
+    from toolchain.checkpoint import load_quantized
+    from toolchain.graph.export import reference_graphs_from_model
+
+    def work(folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        graphs = reference_graphs_from_model(load_quantized(quantized.folder), checked.family, folder)
+        return {"graphs": [_plain(dataclasses.asdict(g) | {"path": g.path.name}) for g in graphs]}
+
+    reporter.stage("export     reference graphs with mgvq nodes")
+    result = run.stage("30-export", {}, work)
+    reporter.done(
+        _note(result)
+        + ", ".join(f"{g['name']} {g['nodes']} nodes ({g['vq_nodes']} VQ)" for g in result.summary["graphs"])
+    )
+    return result
+
+
+def _rewrite_stage(run: RunFolder, reporter: Reporter, exported: StageResult) -> StageResult:
+    from toolchain.graph.pipeline import device_form, portable_form
+
+    def work(folder: Path) -> dict[str, Any]:
+        for name in ("device", "portable"):
+            (folder / name).mkdir(parents=True)
+        portable_form(exported.folder, folder / "portable")
+        return device_form(exported.folder, folder / "device").to_json()
+
+    reporter.stage("rewrite    device graphs with plugin nodes, portable graphs with bodies")
+    result = run.stage("40-rewrite", {}, work)
+    graphs, sidecar = result.summary["graphs"], result.summary["sidecar"]
+    nodes = ", ".join(f"{g['name']} {g['nodes_before']} → {g['nodes_after']}" for g in graphs)
+    reporter.done(f"{_note(result)}{nodes} nodes; weights outside the graphs {sidecar['bytes'] / 2**20:.2f} MiB")
+    return result
+
+
+def _validate_stage(checked, run: RunFolder, reporter: Reporter, quantized, exported, rewritten) -> StageResult:
+    from toolchain.graph.validate import validate_line
+
+    settings = checked.settings
+
+    def work(folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        report = validate_line(
+            checked.family,
+            settings.model,
+            quantized.folder,
+            exported.folder,
+            rewritten.folder / "device",
+            checked.calibration[:: max(1, len(checked.calibration) // settings.validation.samples)][
+                : settings.validation.samples
+            ],
+            folder,
+            steps=settings.validation.steps,
+            provider=settings.validation.provider,
+        )
+        return report.summary()
+
+    reporter.stage("validate   torch, reference graphs, device graphs at every tap")
+    result = run.stage("50-validate", settings.validation.model_dump(), work)
+    reporter.done(_note(result) + result.summary["text"])
+    return result
+
+
+def _bundle(checked: Checked, run: RunFolder, reporter: Reporter, quantized, rewritten, validated) -> Path:
+    from toolchain.bundle import write_bundle
+
+    reporter.stage("bundle")
+    processor = write_processor(checked, run.folder / "stages" / "60-processor")
+    plan = run.folder / "stages" / "10-plan"
+    pieces = {
+        "device": rewritten.folder / "device",
+        "portable": rewritten.folder / "portable",
+        "processor": processor,
+        "reference": validated.folder,
+        "bitplan.json": quantized.folder / "bitplan.json",
+        "memory.json": plan / "memory.json",
+        "target.json": plan / "target.json",
+    }
+    origin = {"run": run.folder.name, "stages": {s.name: s.key for s in (quantized, rewritten, validated)}}
+    bundle = write_bundle(pieces, run.folder / "bundle", target=checked.target.to_json(), created_from=origin)
+    reporter.done(f"{len(bundle.files)} files, {bundle.bytes / 2**20:.1f} MiB: {bundle.folder}")
+    return bundle.folder
+
+
+def write_processor(checked: Checked, folder: Path) -> Path:
+    """tokenizer.json, chat_template.jinja and host.json (with the engine profiles) in `folder`; the folder."""
+    from toolchain.models.family import chat_template
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source, config = checked.settings.model, checked.checkpoint.config
+    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (folder / "chat_template.jinja").write_text(chat_template(source), encoding="utf-8")
+    settings = checked.family.host_settings(config, source)
+    write_json(folder / "host.json", settings | {"profiles": {"graphs": checked.family.profiles(config, source)}})
+    return folder
+
+
+def _note(result: StageResult) -> str:
+    return "reused, " if result.reused else ""
+
+
+def _plain(data: Any) -> Any:
+    """`data` with dataclasses, paths and tuples turned into what JSON has."""
+
+    def default(value: Any) -> Any:
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+    return json.loads(json.dumps(data, default=default))
+
+
+def _report(checked: Checked, run: RunFolder, facts: dict[str, Any]) -> Path:
+    from toolchain.report.data import report_data
+
+    from toolchain.report import render_report
+
+    path = run.folder / "report.html"
+    path.write_text(render_report(report_data(run.folder, facts)), encoding="utf-8")
+    return path

@@ -1,0 +1,91 @@
+"""From a checkpoint's config to a verdict: formats by part, memory on the board, latency, and what to turn down."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain import advice, bitplan, budget, roofline
+from toolchain.models.family import family_for, read_config
+from toolchain.models.inventory import kept_elements
+from toolchain.target import Target
+from toolchain.values import BitPlan
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Everything `mgvq plan` says. `problems` is empty when the model fits."""
+
+    bits: BitPlan
+    memory: budget.MemoryPlan
+    latency: roofline.LatencyPlan
+    advice: tuple[advice.Advice, ...]
+    largest: dict[str, Any]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.memory.to_json() | {
+            "fits": not self.problems,
+            "problems": list(self.problems),
+            "bits": {name: dataclasses.asdict(count) for name, count in bitplan.real_bits(self.bits).items()},
+            "advice": [item.to_json() for item in self.advice],
+            "largest": self.largest,
+            "latency": self.latency.to_json(),
+        }
+
+    def text(self) -> str:
+        """The plan for people: one line a part, the verdict, what to change."""
+        memory = self.memory
+        lines = [f"{'part':<24}{'MiB':>10}"]
+        lines += [f"{name:<24}{size / 2**20:>10.1f}" for name, size in memory.parts.items()]
+        lines += [
+            f"{'peak':<24}{memory.peak_bytes / 2**20:>10.1f}   of {memory.usable_bytes / 2**20:.0f} usable on {memory.target}",
+            f"{'build peak':<24}{memory.build_peak_bytes / 2**20:>10.1f}",
+            f"{'largest block':<24}{memory.largest_block_bytes / 2**20:>10.1f}   {memory.largest_block[0]}",
+        ]
+        for phase in self.latency.phases:
+            lines.append(
+                f"{phase.name:<24}{phase.ms:>10.1f} ms (between {phase.low_ms:.1f} and {phase.high_ms:.1f}, estimated)"
+            )
+        lines.append("verdict: " + ("does not fit" if self.problems else "fits"))
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        lines += [f"  change {a.change} to {a.to}: peak {a.peak_bytes / 2**20:.0f} MiB" for a in self.advice]
+        lines.append("largest that fits: " + ", ".join(f"{key} {value}" for key, value in self.largest.items()))
+        return "\n".join(lines)
+
+
+def plan_model(
+    folder: Path,
+    target: Target,
+    bits: float,
+    context_tokens: int | None = None,
+    image: tuple[int, int] | None = None,
+    budget_bytes: int | None = None,
+    overrides: tuple[tuple[str, str], ...] = (),
+) -> ModelPlan:
+    """The plan of a checkpoint folder on a board; only its config.json is read.
+
+    Raises:
+        UnsupportedError: the architecture is not known.
+        InputDataError: config.json is missing or broken.
+    """
+    config = read_config(folder)
+    family = family_for(config)
+    specs = family.layers(config)
+    formats = bitplan.plan(specs, kept_elements(folder, specs), bits=bits, overrides=list(overrides))
+    geometry = family.geometry(config)
+    workload = budget.default_workload(target, image, context_tokens)
+    memory = budget.plan_memory(formats, geometry, target, workload)
+    problems = memory.problems
+    weights = bitplan.real_bits(formats)["total"].bytes
+    if budget_bytes is not None and weights > budget_bytes:
+        problems = (*problems, f"all weights take {weights:,} bytes, more than the budget of {budget_bytes:,}")
+    largest = {
+        "image_side": advice.largest_image(formats, geometry, target, workload),
+        "context": advice.largest_context(formats, geometry, target, workload),
+        "bits": advice.largest_bits(formats, geometry, target, workload),
+    }
+    latency = roofline.plan_latency(formats, geometry, target, workload)
+    return ModelPlan(formats, memory, latency, advice.advise(formats, geometry, target, memory), largest, problems)

@@ -1,0 +1,5 @@
+"""What a run came to, as one HTML page that needs no network."""
+
+from toolchain.report.html import render_report, write_report
+
+__all__ = ["render_report", "write_report"]

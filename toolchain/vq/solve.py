@@ -1,0 +1,55 @@
+"""MGVQ for one group of layers: a table trained in the block metric, sweeps with feedback, scales and table refits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolchain.values import VQCode
+from toolchain.vq.codebook import draw_samples, round_table, solve_cells, sweep_cells, train_table
+from toolchain.vq.factor import factor_moment
+from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
+from toolchain.vq.sweep import sweep
+from toolchain.vq.weights import Options, VQGroup, decode_stacked, output_errors, pack_group, stack_group
+
+
+def safe_divisor(scales: Tensor) -> Tensor:
+    """The scales with 1 in place of 0, for dividing a row of zeros."""
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def quantize_group(
+    weights: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
+) -> VQGroup:
+    """Codes, one table and row scales of least tr(E H Eᵀ) found in `options.rounds` rounds.
+
+    A round is a sweep with the scales and table exactly as stored, a closed-form refit of the scales for the codes
+    found, and an update of the table on the sweep's fed-back targets. The best round is kept.
+
+    Args:
+        weights: float32[m_i, n] of layers that read the same input.
+        moment: float32[n, n], the second moment H of that input.
+        generator: seeds the table; the result depends on nothing else random.
+    """
+    problem = stack_group(weights, moment, code)
+    factors = factor_moment(problem.moment, problem.columns, code.vector, options.damping)
+    start = rms_scales(problem.weight, problem.columns)
+    samples = draw_samples(
+        problem.weight / safe_divisor(start)[:, None], factors.pivots, start, options.samples, generator
+    )
+    table, cells = train_table(samples, code.entries, options.lloyd_rounds, generator)
+    worth = start  # the scale at which an entry of the unrounded table is a weight
+    rounds = []
+    for _ in range(options.rounds):
+        stored, step = round_table(table, cells, code)
+        scales = stored_scales(worth * step)
+        indices, targets = sweep(problem.weight, factors, stored, scales, options.batch_columns)
+        unit = decode_stacked(indices, stored, torch.ones_like(scales))
+        scales = stored_scales(refit_scales(problem.weight, unit, factors.damped, scales.float()))
+        error = output_errors(problem.weight - unit * scales.float()[:, None], problem)
+        rounds.append((float(error.sum()), indices, stored, scales))
+        worth = scales.float() / step
+        cells = sweep_cells(targets, indices, factors.pivots, worth, code.entries)
+        table = solve_cells(cells, table)
+    _, indices, stored, scales = min(rounds, key=lambda one: one[0])
+    return pack_group(problem, indices, stored, scales, code)

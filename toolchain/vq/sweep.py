@@ -1,0 +1,44 @@
+"""The block-LDL sweep: columns are coded block by block, and each block's error is fed to the blocks after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolchain.vq.assign import nearest_entries
+from toolchain.vq.factor import Factors
+
+
+def sweep(weight: Tensor, factors: Factors, table: Tensor, scales: Tensor, batch_columns: int) -> tuple[Tensor, Tensor]:
+    """Codes that minimise tr(E S Eᵀ) greedily, one block of V columns after the other, exact given the earlier ones.
+
+    Block k's target is T_k = W_k + Σ_{j<k} E_j U_jk with E = W − Ŵ, and its code the nearest entry in the metric D_k
+    (research/mgvq-algorithm.md, equation 10). Blocks are taken in batches: what earlier batches feed into a batch is
+    one matrix product, so that the arithmetic is that of a few large products whatever V is.
+
+    Args:
+        weight: float32[m, n].
+        factors: of the damped second moment, n columns, blocks of V.
+        table: [2^L, V], as stored (int8 or float16).
+        scales: float16[m], as stored.
+        batch_columns: columns a batch, a multiple of V.
+
+    Returns:
+        (indices uint8[m, n / V], targets T float32[m, n]).
+    """
+    entries, row_scales = table.float(), scales.float()
+    vector, columns = entries.shape[1], weight.shape[1]
+    error = torch.zeros_like(weight)
+    targets = torch.empty_like(weight)
+    indices = torch.empty(weight.shape[0], columns // vector, dtype=torch.uint8, device=weight.device)
+    for first in range(0, columns, batch_columns):
+        last = min(first + batch_columns, columns)
+        targets[:, first:last] = weight[:, first:last] + error[:, :first] @ factors.unit[:first, first:last]
+        for at in range(first, last, vector):
+            block = slice(at, at + vector)
+            target = targets[:, block]
+            target += error[:, first:at] @ factors.unit[first:at, block]
+            chosen = nearest_entries(target, factors.pivots[at // vector], entries, row_scales)
+            indices[:, at // vector] = chosen
+            error[:, block] = weight[:, block] - entries[chosen.long()] * row_scales[:, None]
+    return indices, targets
