@@ -70,8 +70,13 @@ def tiny_manifest(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_internvl(tmp_path_factory) -> Path:
     """Folder of a float16 two-layer InternVL over a Qwen2 decoder, random weights, with tokenizer and processor."""
-    from transformers import GenerationConfig, GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration
-    from transformers import PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        GotOcr2ImageProcessorPil,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        PreTrainedTokenizerFast,
+    )
 
     folder = tmp_path_factory.mktemp("tiny") / "internvl"
     tokenizer = architecture.train_tokenizer(sentences=500)

@@ -179,7 +179,7 @@ def part_of_kept(name: str, layers: Iterable[LayerPlan]) -> str:
 
 
 def real_bits(bit_plan: BitPlan, parts: Iterable[str] | None = None) -> dict[str, BitCount]:
-    """Part → cost, for the parts that have weights, and "total" over them (research/mgvq-algorithm.md, equation 18).
+    """Part → cost, for the parts that have weights, and "total" over them.
 
     Args:
         parts: the parts to count; all when None. `("language",)` gives the language model alone.

@@ -10,7 +10,8 @@ Where the figures come from (all published rows: TensorRT Edge-LLM 0.9.0 perform
     runtime overhead         0.80 GiB + 0.131 bytes a decoder weight: fits Qwen3-0.6B/1.7B/4B/8B on Orin NX within 3 %
     build peak               constants of the engine four times over (reports run from three to four); weights that are
                              graph inputs never reach the builder
-Held out: Qwen3-VL 2B, 4B and 8B on Orin NX come out 4 to 6 % above the published figure. Nothing here was measured on a
+Totals for Qwen3-VL 2B, 4B and 8B on Orin NX come out 4 to 6 % above the published figure; only the vision constant was
+taken from the same models (from differences between their rows, not from these totals). Nothing here was measured on a
 board by us.
 """
 

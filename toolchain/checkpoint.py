@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,27 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> nn.Mod
     checkpoint = open_checkpoint(folder)
     if checkpoint.is_quantized:
         raise UsageError(f"checkpoint {folder} is quantized already; name the float checkpoint it was made from")
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
-    )
+    with _no_library_bars():
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     model, info = loaded
     _refuse_odd_keys(Path(folder), set(info["missing_keys"]), set(info["unexpected_keys"]))
     return model.eval()
+
+
+@contextmanager
+def _no_library_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off stderr, where our progress goes."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _refuse_odd_keys(folder: Path, missing: set[str], unexpected: set[str]) -> None:

@@ -94,7 +94,8 @@ def _bits(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     lines = [f"{kind}: {bits['index']:.2f} index bits, {bits['model']:.2f} real bits a weight over the whole model"]
     for name, part in bits["parts"].items():
         lines.append(
-            f"  {name:<12}{part['weights']:>14,} weights{part['index']:>7.2f} index{part['real']:>7.2f} real{part['bytes']:>14,} bytes"
+            f"  {name:<12}{part['weights']:>14,} weights{part['index']:>7.2f} index{part['real']:>7.2f} real"
+            f"{part['bytes']:>14,} bytes"
         )
     kept = sum(plan.kept.values())
     lines.append(f"  kept in 16 bits: {len(plan.kept)} tensors, {kept:,} elements")

@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from toolchain.bundle import Bundle, write_bundle
 from toolchain.calibration import read_manifest, samples_hash
 from toolchain.config import Settings
-from toolchain.errors import BudgetError
+from toolchain.errors import BudgetError, InputDataError
 from toolchain.evaluate import refuse_overlap
 from toolchain.folders import Checkpoint, open_checkpoint
-from toolchain.models.family import Family, family_for, read_config
+from toolchain.models.family import Family, chat_template, family_for, read_config, read_json
 from toolchain.planning import ModelPlan, plan_model
+from toolchain.report import write_report
+from toolchain.report.data import report_data
 from toolchain.runfolder import RunFolder, StageResult
 from toolchain.target import Target, load_target
 from toolchain.values import Sample, sha256_file, write_json
+
+PROCESSOR = "60-processor"
 
 
 class Reporter(Protocol):
@@ -67,7 +72,7 @@ def check(settings: Settings) -> Checked:
         tuple(settings.quantize.codes.items()),
     )
     if plan.problems:
-        advice = "; ".join(f"{a.change} to {a.to}" for a in plan.advice) or "choose a larger target (mgvq targets)"
+        advice = "; ".join(a.text for a in plan.advice) or "choose a larger target (mgvq targets)"
         raise BudgetError(f"{settings.model} does not fit {settings.target}: {plan.problems[0]}; {advice}")
     return Checked(settings, target, family, checkpoint, calibration, evaluation, plan)
 
@@ -98,8 +103,8 @@ def run_line(checked: Checked, run: RunFolder, reporter: Reporter, baselines: Se
     rewritten = _rewrite_stage(run, reporter, exported)
     validated = _validate_stage(checked, run, reporter, quantized, exported, rewritten)
     facts["validation"] = validated.summary
-    facts["bundle"] = str(_bundle(checked, run, reporter, quantized, rewritten, validated))
-    facts["report"] = str(_report(checked, run, facts))
+    facts["bundle"] = str(_bundle(checked, run, reporter))
+    facts["report"] = str(report_from_run(run.folder, facts))
     return facts
 
 
@@ -113,7 +118,8 @@ def _plan_stage(checked: Checked, run: RunFolder, reporter: Reporter) -> StageRe
 
     reporter.stage(f"plan       {checked.settings.model} on {checked.target.title}")
     settings = checked.settings
-    inputs = {"config": sha256_file(settings.model / "config.json"), "target": checked.target.to_json()}
+    inputs: dict[str, Any] = {"config": sha256_file(settings.model / "config.json")}
+    inputs["target"] = checked.target.to_json()
     inputs |= {"bits": settings.quantize.bits, "codes": settings.quantize.codes, "plan": settings.plan.model_dump()}
     result = run.stage("10-plan", inputs, work)
     usable = checked.plan.memory.usable_bytes / 2**20
@@ -146,7 +152,8 @@ def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: 
     inputs |= {"settings": settings.quantize.model_dump(exclude={"method"})}
     result = run.stage(name, inputs, work)
     reporter.done(
-        f"{_note(result)}{result.summary['layers']} layers, {result.summary['bits']['model']:.2f} real bits a weight over the model"
+        f"{_note(result)}{result.summary['layers']} layers, "
+        f"{result.summary['bits']['model']:.2f} real bits a weight over the model"
     )
     return result
 
@@ -255,31 +262,44 @@ def _validate_stage(checked, run: RunFolder, reporter: Reporter, quantized, expo
     return result
 
 
-def _bundle(checked: Checked, run: RunFolder, reporter: Reporter, quantized, rewritten, validated) -> Path:
-    from toolchain.bundle import write_bundle
-
+def _bundle(checked: Checked, run: RunFolder, reporter: Reporter) -> Path:
     reporter.stage("bundle")
-    processor = write_processor(checked, run.folder / "stages" / "60-processor")
-    plan = run.folder / "stages" / "10-plan"
-    pieces = {
-        "device": rewritten.folder / "device",
-        "portable": rewritten.folder / "portable",
-        "processor": processor,
-        "reference": validated.folder,
-        "bitplan.json": quantized.folder / "bitplan.json",
-        "memory.json": plan / "memory.json",
-        "target.json": plan / "target.json",
-    }
-    origin = {"run": run.folder.name, "stages": {s.name: s.key for s in (quantized, rewritten, validated)}}
-    bundle = write_bundle(pieces, run.folder / "bundle", target=checked.target.to_json(), created_from=origin)
+    write_processor(checked, run.folder / "stages" / PROCESSOR)
+    bundle = bundle_from_run(run.folder, run.folder / "bundle")
     reporter.done(f"{len(bundle.files)} files, {bundle.bytes / 2**20:.1f} MiB: {bundle.folder}")
     return bundle.folder
 
 
+def bundle_from_run(run: Path, out: Path) -> Bundle:
+    """A bundle at `out` from the stages of a finished run; the same stages give the same bytes.
+
+    Raises:
+        InputDataError: a stage is missing; it names the folder.
+        UsageError: `out` is in use by something that is no bundle.
+    """
+    stages = run / "stages"
+    pieces = {
+        "device": stages / "40-rewrite" / "device",
+        "portable": stages / "40-rewrite" / "portable",
+        "processor": stages / PROCESSOR,
+        "reference": stages / "50-validate",
+        "bitplan.json": stages / "20-quantize" / "bitplan.json",
+        "memory.json": stages / "10-plan" / "memory.json",
+        "target.json": stages / "10-plan" / "target.json",
+    }
+    for name, piece in pieces.items():
+        if not piece.exists():
+            raise InputDataError(
+                f"run {run}: {piece} is missing, which the bundle needs for {name}; finish the run first"
+            )
+    keys = {name: read_json(stages / f"{name}.json")["key"] for name in ("20-quantize", "40-rewrite", "50-validate")}
+    return write_bundle(
+        pieces, out, target=read_json(stages / "10-plan" / "target.json"), created_from={"stages": keys}
+    )
+
+
 def write_processor(checked: Checked, folder: Path) -> Path:
     """tokenizer.json, chat_template.jinja and host.json (with the engine profiles) in `folder`; the folder."""
-    from toolchain.models.family import chat_template
-
     folder.mkdir(parents=True, exist_ok=True)
     source, config = checked.settings.model, checked.checkpoint.config
     (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
@@ -297,16 +317,13 @@ def _plain(data: Any) -> Any:
     """`data` with dataclasses, paths and tuples turned into what JSON has."""
 
     def default(value: Any) -> Any:
-        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
 
     return json.loads(json.dumps(data, default=default))
 
 
-def _report(checked: Checked, run: RunFolder, facts: dict[str, Any]) -> Path:
-    from toolchain.report.data import report_data
-
-    from toolchain.report import render_report
-
-    path = run.folder / "report.html"
-    path.write_text(render_report(report_data(run.folder, facts)), encoding="utf-8")
+def report_from_run(run: Path, facts: dict[str, Any]) -> Path:
+    """report.html of a run whose stages are done; its path. `facts` is what `run_line` returned (run.json's result)."""
+    path = run / "report.html"
+    write_report(report_data(run, facts), path)
     return path

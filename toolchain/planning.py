@@ -41,7 +41,8 @@ class ModelPlan:
         lines = [f"{'part':<24}{'MiB':>10}"]
         lines += [f"{name:<24}{size / 2**20:>10.1f}" for name, size in memory.parts.items()]
         lines += [
-            f"{'peak':<24}{memory.peak_bytes / 2**20:>10.1f}   of {memory.usable_bytes / 2**20:.0f} usable on {memory.target}",
+            f"{'peak':<24}{memory.peak_bytes / 2**20:>10.1f}   of {memory.usable_bytes / 2**20:.0f} usable on "
+            f"{memory.target}",
             f"{'build peak':<24}{memory.build_peak_bytes / 2**20:>10.1f}",
             f"{'largest block':<24}{memory.largest_block_bytes / 2**20:>10.1f}   {memory.largest_block[0]}",
         ]
@@ -51,7 +52,7 @@ class ModelPlan:
             )
         lines.append("verdict: " + ("does not fit" if self.problems else "fits"))
         lines += [f"  problem: {problem}" for problem in self.problems]
-        lines += [f"  change {a.change} to {a.to}: peak {a.peak_bytes / 2**20:.0f} MiB" for a in self.advice]
+        lines += [f"  advice: {a.text}" for a in self.advice]
         lines.append("largest that fits: " + ", ".join(f"{key} {value}" for key, value in self.largest.items()))
         return "\n".join(lines)
 

@@ -2,7 +2,8 @@
 
     run.json                 status, stages, versions, exit code; rewritten atomically
     config.resolved.json     every setting and where it came from
-    stages/NN-name/          what a stage made; stages/NN-name.json is its record: key, outputs with hashes, seconds
+    stages/NN-name/          what a stage made; stages/NN-name.json is its record: key, outputs with hashes, seconds;
+                             stages/NN-name.failed/ what a failed gate compared
     bundle/  report.html
 
 A stage is reused when its key (a hash over everything that goes into it, the key of the stage before included) is the
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import __version__
-from toolchain.errors import InputDataError, MgvqError, UsageError
+from toolchain.errors import InputDataError, MgvqError, NumericGateError, UsageError
 from toolchain.folders import check_output
 from toolchain.values import sha256_file, write_json
 
@@ -122,8 +123,14 @@ class RunFolder:
         partial = self.folder / "stages" / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         began = time.monotonic()
+        failed = folder.with_name(f"{name}.failed")
+        shutil.rmtree(failed, ignore_errors=True)
         try:
             summary = work(partial)
+        except NumericGateError as error:
+            # What failed is the evidence; keep it, where no later stage takes it for a result.
+            partial.rename(failed)
+            raise NumericGateError(f"{error}; everything compared is in {failed}") from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

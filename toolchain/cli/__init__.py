@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from toolchain.errors import MgvqError
 
     # click's ClickException, which typer imports or carries within itself, depending on its version.
-    usage_problem = typer.BadParameter.mro()[2]
+    usage_problem: type[Any] = typer.BadParameter.mro()[2]
     try:
         result = app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -54,7 +54,8 @@ def build(
         )  # fmt: skip
     rows = [
         {"graph": e.graph, "engine": size(e.bytes), "dense": size(e.dense_bytes) if e.dense_bytes else "not built",
-         "ratio": f"{e.bytes / e.dense_bytes:.2f}" if e.dense_bytes else "", "layers": e.layers, "seconds": f"{e.seconds:.1f}"}
+         "ratio": f"{e.bytes / e.dense_bytes:.2f}" if e.dense_bytes else "", "layers": e.layers,
+         "seconds": f"{e.seconds:.1f}"}
         for e in report.engines
     ]  # fmt: skip
     head = f"{report.backend} {report.builder_version}, SM {report.sm}\n"

@@ -16,12 +16,14 @@ from toolchain.cli.common import (
     Format,
     FormatOption,
     ModelOption,
+    OutputOption,
     Progress,
     Provider,
     emit,
     parse_size,
+    size,
 )
-from toolchain.errors import StoppedError, UsageError
+from toolchain.errors import StoppedError
 
 
 class Resume(str, Enum):
@@ -31,6 +33,7 @@ class Resume(str, Enum):
 
 
 ResumeOption = Annotated[Resume, typer.Option(help="Continue a run found in the output folder.")]
+RunArgument = Annotated[Path, typer.Argument(help="A finished run folder.")]
 RunOption = Annotated[Path, typer.Option("--output", "-o", help="Run folder.")]
 
 
@@ -105,13 +108,38 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"accuracy {name:<10} {100 * accuracy:6.1f} %")
     bits = facts["bits"]
     lines.append(
-        f"bits       index {bits['index']:.2f}, real {bits['model']:.2f} over the model, {bits['language']:.2f} over the decoder"
+        f"bits       index {bits['index']:.2f}, real {bits['model']:.2f} over the model, "
+        f"{bits['language']:.2f} over the decoder"
     )
     lines.append(f"validation {facts['validation']['text']}")
     lines.append(f"bundle     {facts['bundle']}")
     lines.append(f"report     {facts['report']}")
     lines.append(f"next       mgvq run {facts['bundle']} --image PICTURE --prompt QUESTION")
     return "\n".join(lines)
+
+
+@app.command()
+def bundle(run: RunArgument, output: OutputOption, form: FormatOption = Format.text) -> None:
+    """Write the bundle of a finished run to another place."""
+    from toolchain.line import bundle_from_run
+
+    written = bundle_from_run(run, output)
+    data = {"bundle": str(written.folder), "files": len(written.files), "bytes": written.bytes}
+    emit(data, f"{written.folder}: {data['files']} files, {size(written.bytes)}", form)
+
+
+@app.command()
+def report(run: RunArgument, form: FormatOption = Format.text) -> None:
+    """Write report.html of a finished run again."""
+    from toolchain.errors import InputDataError
+    from toolchain.line import report_from_run
+    from toolchain.models.family import read_json
+
+    record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    if "result" not in record:
+        raise InputDataError(f"{run}: expected a finished run (run.json with its result); run mgvq all -o {run} first")
+    path = report_from_run(run, record["result"])
+    emit({"report": str(path)}, str(path), form)
 
 
 @app.command(name="eval")
@@ -138,17 +166,14 @@ def evaluate(
     host, loaded, progress = family.load_host(config, model), load_any(model), Progress()
     progress.stage(f"evaluate   {model} on {len(samples)} questions")
     with keep_decoded(loaded):
-        found = answer_all(
-            host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step
-        )
-    wrong = [a for a in found.answers if not a.is_right]
-    if not samples:
-        raise UsageError("nothing to evaluate")
-    data_out = {"accuracy": found.accuracy, "questions": len(samples), "wrong": [
-        {"image": a.sample.image.name, "prompt": a.sample.prompt, "answer": a.sample.answer, "given": a.given} for a in wrong
-    ]}  # fmt: skip
+        found = answer_all(host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step)
+    wrong = [
+        {"image": a.sample.image.name, "prompt": a.sample.prompt, "answer": a.sample.answer, "given": a.given}
+        for a in found.answers
+        if not a.is_right
+    ]
     examples = "".join(
-        f"\n  {w.sample.image.name} {w.sample.prompt} expected {w.sample.answer!r}, given {w.given!r}"
-        for w in wrong[:5]
+        f"\n  {w['image']} {w['prompt']} expected {w['answer']!r}, given {w['given']!r}" for w in wrong[:5]
     )
-    emit(data_out, f"accuracy {100 * found.accuracy:.1f} % of {len(samples)}{examples}", form)
+    result = {"accuracy": found.accuracy, "questions": len(samples), "wrong": wrong}
+    emit(result, f"accuracy {100 * found.accuracy:.1f} % of {len(samples)}{examples}", form)

@@ -57,6 +57,14 @@ def train_tokenizer(seed: int = 0, sentences: int = 20_000) -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that must be in the vocabulary."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"token {token!r} is not in the tokenizer's vocabulary of {tokenizer.get_vocab_size()}")
+    return found
+
+
 def demo_config(tokenizer: Tokenizer):
     """transformers.Qwen2VLConfig of the demo model: 4 vision blocks of 128, 8 decoder layers of 256, tied head."""
     from transformers import Qwen2VLConfig
@@ -73,9 +81,9 @@ def demo_config(tokenizer: Tokenizer):
             "tie_word_embeddings": True,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]},
-            "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
-            "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-            "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+            "bos_token_id": token_id(tokenizer, "<|endoftext|>"),
+            "eos_token_id": token_id(tokenizer, "<|im_end|>"),
+            "pad_token_id": token_id(tokenizer, "<|endoftext|>"),
         },
         vision_config={
             "depth": 4,
@@ -87,10 +95,10 @@ def demo_config(tokenizer: Tokenizer):
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
-        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
-        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=True,
     )
 
@@ -120,7 +128,7 @@ def save_processor_files(tokenizer: Tokenizer, folder) -> None:
     fast.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS).save_pretrained(folder)
     GenerationConfig(
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        eos_token_id=token_id(tokenizer, "<|im_end|>"),
+        pad_token_id=token_id(tokenizer, "<|endoftext|>"),
         do_sample=False,
     ).save_pretrained(folder)

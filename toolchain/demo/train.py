@@ -1,11 +1,11 @@
 """Train the built-in VLM from scratch on the drawn task: `python -m toolchain.demo.train -o FOLDER`.
 
-Question answering alone sits on a long plateau. Three kinds of dense supervision break it: every picture is also read out
-whole in raster order; linear heads that are thrown away afterwards name each cell's colour and kind from its vision token;
-and others name the cell's row and column from the decoder's second layer. Each picture carries several questions in one
-sequence: a question sees the picture and itself, no other question, and stands at the position it would have alone, so
-that the weights are trained on exactly what `generate` will see. All pictures of a batch share one grid size, which makes
-vision attention one batched call. Weights are plain transformers weights; `--resume` continues from the last checkpoint.
+Question answering alone sits on a long plateau. Three kinds of dense supervision break it: every picture is also read
+out whole in raster order; linear heads that are thrown away afterwards name each cell's colour and kind from its vision
+token; and others name the cell's row and column from the decoder's second layer. Each picture carries several questions
+in one sequence: a question sees the picture and itself, no other question, and stands at the position it would have
+alone, so that the weights are trained on exactly what `generate` will see. All pictures of a batch share one grid size,
+which makes vision attention one batched call. `--resume` continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class Schedule:
     """How long and how fast. `batch` counts pictures, each with a reading and `questions` questions."""
 
     steps: int = 4000
-    batch: int = 20
-    questions: int = 8
+    batch: int = 24
+    questions: int = 6
     warmup: int = 100
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
     reading_weight: float = 0.5
-    head_weight: float = 0.25
+    head_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Batch:
     """Pictures of one grid size with their questions.
 
-    patches float32[B, N, 1176]. ids and positions int64[B, S] and int64[3, S, B]-like [3, B, S], right-padded. block
-    int64[B, S]: 0 in the shared prefix, j in question j (1 is the reading), -1 in padding. is_answer bool[B, S] marks
-    tokens that are scored. cells int64[B * cells, 4]: colour, kind (0 for empty), row, column.
+    patches float32[B, N, 1176]. ids int64[B, S] and positions int64[3, B, S], right-padded. block int64[B, S]: 0 in the
+    shared prefix, j in question j (1 is the reading), -1 in padding. is_answer bool[B, S] marks tokens that are scored.
+    cells int64[B * cells, 4]: colour, kind (0 for empty), row, column.
     """
 
     patches: torch.Tensor
@@ -75,7 +75,9 @@ def make_batch(rng: np.random.Generator, tokenizer, plan: ImagePlan, schedule: S
         asked = [task.read_all(scene, rng), *(task.ask(scene, rng)[1:] for _ in range(schedule.questions))]
         sequences.append([_question_ids(tokenizer, *pair) for pair in asked])
         cells += [[*_labels(thing), r, c] for r, row in enumerate(scene.cells) for c, thing in enumerate(row)]
-    return _collate(patches, prefix, sequences, cells, (rows, columns), tokenizer.token_to_id("<|image_pad|>"))
+    return _collate(
+        patches, prefix, sequences, cells, (rows, columns), architecture.token_id(tokenizer, "<|image_pad|>")
+    )
 
 
 def _question_ids(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -135,7 +137,7 @@ class Heads(torch.nn.Module):
     def loss(self, features: torch.Tensor, placed: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Sum of the four mean cross-entropies (nats a cell)."""
         logits = (self.color(features), self.kind(features), self.row(placed), self.column(placed))
-        return sum(F.cross_entropy(x.float(), cells[:, i]) for i, x in enumerate(logits))
+        return torch.stack([F.cross_entropy(x.float(), cells[:, i]) for i, x in enumerate(logits)]).sum()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from toolchain.errors import InputDataError
+
 # CLIP's statistics, the ones Qwen2-VL's processor config carries.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,10 +36,12 @@ def resized_shape(height: int, width: int, plan: ImagePlan) -> tuple[int, int]:
     """(height, width) after resizing: multiples of patch * merge, between min_pixels and max_pixels in all.
 
     Raises:
-        ValueError: the sides differ by more than a factor of 200.
+        InputDataError: the sides differ by more than a factor of 200.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"picture of {width}x{height} pixels: sides may differ by a factor of 200 at most; crop it")
+        raise InputDataError(
+            f"picture of {width}x{height} pixels: sides may differ by a factor of 200 at most; crop it"
+        )
     unit = plan.patch * plan.merge
     tall, wide = round(height / unit) * unit, round(width / unit) * unit
     if tall * wide > plan.max_pixels:

@@ -20,7 +20,7 @@ class EmbedGraph(nn.Module):
 
     def __init__(self, model: nn.Module, image_token_id: int) -> None:
         super().__init__()
-        self.tokens = model.get_input_embeddings()
+        self.tokens = model.get_input_embeddings()  # type: ignore[operator]
         self.image_token_id = image_token_id
 
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def embed_graph_spec(model: nn.Module, image_token_id: int):
 
     from toolchain.models.family import GraphSpec
 
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings()  # type: ignore[operator]
     hidden = getattr(table, "columns", None) or table.embedding_dim
     ids = torch.tensor([[1, image_token_id, image_token_id, 3], [3, image_token_id, 2, 1]])
     return GraphSpec(

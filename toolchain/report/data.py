@@ -30,7 +30,7 @@ def report_data(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
     planned = read_json(stages / "10-plan" / "memory.json")
     data["latency"] = planned.pop("latency")
-    data["memory"] = planned | {"advice": [{"text": f"{a['change']} to {a['to']}"} for a in planned["advice"]]}
+    data["memory"] = planned
     if "accuracy" in facts:
         answers = read_json(stages / "25-evaluate" / "answers.json")
         data["headline"] = _headline(facts, answers)
@@ -44,7 +44,7 @@ def _headline(facts: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str,
         "accuracy": facts["accuracy"],
         "samples": len(answers["fp"]["answers"]),
         "bits": {"index": bits["index"], "real, model": bits["model"], "real, decoder": bits["language"]},
-        "note": "exact answers to held-out questions; real bits count codes, padding, tables, scales and 16-bit tensors",
+        "note": "exact answers to held-out questions; real bits count codes, padding, tables, scales, 16-bit tensors",
     }
 
 

@@ -68,7 +68,7 @@ def unpack(codes: Bytes, code: VQCode, rows: int, columns: int) -> Bytes:
 def windows_from_symbols(symbols: Bytes, code: VQCode) -> NDArray[np.uint16]:
     """Table indices uint16[R, 8, C, 16]: the L bits from the start of symbol t, running on into the next symbols."""
     span = -(-code.window // code.shift)
-    stream = np.zeros(symbols.shape, dtype=np.uint32)
+    stream: NDArray = np.zeros(symbols.shape, dtype=np.uint32)
     for step in range(span):
         stream = (stream << code.shift) | np.roll(symbols, -step, axis=-1)
     return (stream >> (span * code.shift - code.window)).astype(np.uint16)

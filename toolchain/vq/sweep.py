@@ -12,8 +12,9 @@ from toolchain.vq.factor import Factors
 def sweep(weight: Tensor, factors: Factors, table: Tensor, scales: Tensor, batch_columns: int) -> tuple[Tensor, Tensor]:
     """Codes that minimise tr(E S Eᵀ) greedily, one block of V columns after the other, exact given the earlier ones.
 
-    Block k's target is T_k = W_k + Σ_{j<k} E_j U_jk with E = W − Ŵ, and its code the nearest entry in the metric D_k
-    (research/mgvq-algorithm.md, equation 10). Blocks are taken in batches: what earlier batches feed into a batch is
+    Block k's target is T_k = W_k + Σ_{j<k} E_j U_jk with E = W − Ŵ, and its code the nearest entry in the metric D_k:
+    LDLQ (QuIP, arXiv 2307.13304) with blocks of V columns, first column first.
+    Blocks are taken in batches: what earlier batches feed into a batch is
     one matrix product, so that the arithmetic is that of a few large products whatever V is.
 
     Args:

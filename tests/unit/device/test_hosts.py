@@ -90,7 +90,7 @@ def test_tile_grid_worked_by_hand():
 
 
 def test_sides_too_different_are_refused():
-    with pytest.raises(ValueError, match="factor of 200"):
+    with pytest.raises(InputDataError, match="factor of 200"):
         resized_shape(10, 3000, ImagePlan(56 * 56, 112 * 112))
 
 
