@@ -1,0 +1,49 @@
+"""Settings: who wins over whom, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolchain.config import resolve
+from toolchain.errors import InputDataError, UsageError
+
+PATHS = {"model": "m", "output": "o", "calib": "c"}
+
+
+def test_flags_win_over_set_over_file_over_defaults(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text('{"quantize": {"bits": 3.0, "seed": 1, "samples": 5}, "target": "agx-orin-64gb"}')
+    settings, origin = resolve(PATHS | {"quantize.bits": 2.5, "target": None}, ["quantize.seed=2"], file)
+    quantize = settings.quantize
+    assert (quantize.bits, quantize.seed, quantize.samples, quantize.method) == (2.5, 2, 5, "mgvq")
+    assert settings.target == "agx-orin-64gb"
+    found = [origin[f"quantize.{key}"] for key in ("bits", "seed", "samples", "method")]
+    assert found == ["flag", "set", "file", "default"]
+
+
+def test_patterns_with_dots_stay_whole():
+    settings, _ = resolve(PATHS, ['quantize.codes={"*.layers.0.*": "2,8,8"}'], None)
+    assert settings.quantize.codes == {"*.layers.0.*": "2,8,8"}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("quantize.bitz=2", r"'quantize.bitz' \(from set\): Extra inputs are not permitted"),
+        ("quantize.bits=9", "less than or equal to 4, found 9"),
+        ("plan.image=large", "found 'large'"),
+        ("=3", "expected key=value"),
+    ],
+)
+def test_wrong_settings_are_named(assignment, words):
+    with pytest.raises(UsageError, match=words):
+        resolve(PATHS, [assignment], None)
+
+
+def test_broken_files(tmp_path):
+    with pytest.raises(InputDataError, match="does not exist"):
+        resolve(PATHS, [], tmp_path / "gone.json")
+    for name, text in (("a.json", "{"), ("b.toml", "= 3"), ("c.json", "[1]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputDataError, match="expected"):
+            resolve(PATHS, [], tmp_path / name)
