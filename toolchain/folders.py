@@ -167,10 +167,18 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        share_files(temporary)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def share_files(folder: Path) -> None:
+    """Give a folder and all in it the permissions new files have here: mkdtemp and safetensors make theirs private."""
+    mask = _umask()
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

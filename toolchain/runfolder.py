@@ -26,7 +26,7 @@ from typing import Any
 
 from toolchain import __version__
 from toolchain.errors import InputDataError, MgvqError, NumericGateError, UsageError
-from toolchain.folders import check_output
+from toolchain.folders import check_output, share_files
 from toolchain.values import sha256_file, write_json
 
 PACKAGES = (
@@ -134,6 +134,7 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        share_files(partial)
         record.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

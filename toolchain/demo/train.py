@@ -1,11 +1,13 @@
 """Train the built-in VLM from scratch on the drawn task: `python -m toolchain.demo.train -o FOLDER`.
 
-Question answering alone sits on a long plateau. Three kinds of dense supervision break it: every picture is also read
-out whole in raster order; linear heads that are thrown away afterwards name each cell's colour and kind from its vision
-token; and others name the cell's row and column from the decoder's second layer. Each picture carries several questions
-in one sequence: a question sees the picture and itself, no other question, and stands at the position it would have
-alone, so that the weights are trained on exactly what `generate` will see. All pictures of a batch share one grid size,
-which makes vision attention one batched call. `--resume` continues from the last checkpoint.
+Question answering alone sits on a long plateau. Dense supervision breaks it: every picture is also read out whole in
+raster order; linear heads that are thrown away afterwards name each cell's colour and kind from its vision token, and
+its row and column from the decoder's second layer. After 1250 steps looking a cell up by its place worked and by its
+content not; so from there on the second layer must also name the content in the words' own embeddings, and from step
+1750 on one head of the third must look from a name to what it names.
+
+Vision attention is one batched call, since all pictures of a batch share one grid size (see `batches`). `--resume`
+continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toolchain.demo import architecture, task
-from toolchain.device.images import ImagePlan, grid_position_ids, patches_from_image
+from toolchain.demo.batches import Batch, make_batch
+from toolchain.device.images import ImagePlan, grid_position_ids
 
-# Batch lengths are rounded up to this, so that few matrix shapes occur and the CPU's kernels are compiled once.
-LENGTH_STEP = 16
-PLACE_LAYER = 1  # decoder layer after which image tokens must know where they stand
+PLACE_LAYER = 1  # decoder layer after which image tokens must know where they stand and what they show
+LOOK_LAYER = 2  # decoder layer whose first head must look from a name to what it names
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast. `batch` counts pictures, each with a reading and `questions` questions."""
 
-    steps: int = 4000
+    steps: int = 3400
     batch: int = 24
     questions: int = 6
     warmup: int = 100
@@ -42,86 +44,10 @@ class Schedule:
     weight_decay: float = 0.05
     reading_weight: float = 0.5
     head_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures of one grid size with their questions.
-
-    patches float32[B, N, 1176]. ids int64[B, S] and positions int64[3, B, S], right-padded. block int64[B, S]: 0 in the
-    shared prefix, j in question j (1 is the reading), -1 in padding. is_answer bool[B, S] marks tokens that are scored.
-    cells int64[B * cells, 4]: colour, kind (0 for empty), row, column.
-    """
-
-    patches: torch.Tensor
-    ids: torch.Tensor
-    positions: torch.Tensor
-    block: torch.Tensor
-    is_answer: torch.Tensor
-    cells: torch.Tensor
-    grid: tuple[int, int]
-
-
-def make_batch(rng: np.random.Generator, tokenizer, plan: ImagePlan, schedule: Schedule) -> Batch:
-    """`schedule.batch` fresh pictures of one grid size, each read out whole and asked about."""
-    rows = int(rng.integers(task.ROW_RANGE[0], task.ROW_RANGE[1] + 1))
-    columns = int(rng.integers(task.COLUMN_RANGE[0], task.COLUMN_RANGE[1] + 1))
-    pads = "<|image_pad|>" * (rows * columns)
-    prefix = tokenizer.encode(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").ids
-    patches, sequences, cells = [], [], []
-    for _ in range(schedule.batch):
-        scene = task.random_scene(rng, rows, columns)
-        patches.append(patches_from_image(task.draw(scene, rng), plan)[0])
-        asked = [task.read_all(scene, rng), *(task.ask(scene, rng)[1:] for _ in range(schedule.questions))]
-        sequences.append([_question_ids(tokenizer, *pair) for pair in asked])
-        cells += [[*_labels(thing), r, c] for r, row in enumerate(scene.cells) for c, thing in enumerate(row)]
-    return _collate(
-        patches, prefix, sequences, cells, (rows, columns), architecture.token_id(tokenizer, "<|image_pad|>")
-    )
-
-
-def _question_ids(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
-    asked = tokenizer.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n").ids
-    return asked, tokenizer.encode(answer + "<|im_end|>").ids
-
-
-def _labels(thing: task.Thing | None) -> tuple[int, int]:
-    kinds = task.SHAPES + task.DIGITS
-    return (0, 0) if thing is None else (1 + list(task.COLORS).index(thing.color), 1 + kinds.index(thing.kind))
-
-
-def _collate(patches, prefix: list[int], sequences, cells, grid: tuple[int, int], image_id: int) -> Batch:
-    longest = len(prefix) + max(sum(len(q) + len(a) for q, a in blocks) for blocks in sequences)
-    shape = (len(sequences), -(-longest // LENGTH_STEP) * LENGTH_STEP)
-    ids, block = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
-    is_answer, positions = torch.zeros(shape, dtype=torch.bool), torch.zeros(3, *shape, dtype=torch.int64)
-    start, after = _prefix_positions(prefix, grid, image_id)
-    for i, blocks in enumerate(sequences):
-        ids[i, : len(prefix)], block[i, : len(prefix)] = torch.tensor(prefix), 0
-        positions[:, i, : len(prefix)] = start
-        at = len(prefix)
-        for j, (asked, answer) in enumerate(blocks, start=1):
-            end = at + len(asked) + len(answer)
-            ids[i, at:end], block[i, at:end] = torch.tensor(asked + answer), j
-            positions[:, i, at:end] = torch.arange(after, after + end - at)
-            is_answer[i, at + len(asked) : end] = True
-            at = end
-    stacked = torch.from_numpy(np.stack(patches))
-    return Batch(stacked, ids, positions, block, is_answer, torch.tensor(cells), (2 * grid[0], 2 * grid[1]))
-
-
-def _prefix_positions(prefix: list[int], grid: tuple[int, int], image_id: int) -> tuple[torch.Tensor, int]:
-    """(mRoPE ids int64[3, prefix], position of the token after it); the rule of device/families/qwen2_vl.py."""
-    rows, columns = grid
-    first = prefix.index(image_id)
-    positions = torch.arange(len(prefix)).repeat(3, 1)
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    inside = slice(first, first + rows * columns)
-    positions[0, inside] = first
-    positions[1, inside], positions[2, inside] = torch.from_numpy(first + row), torch.from_numpy(first + column)
-    tail = len(prefix) - inside.stop
-    positions[:, inside.stop :] = first + max(rows, columns) + torch.arange(tail)
-    return positions, first + max(rows, columns) + tail
+    naming_weight: float = 0.5
+    naming_start: int = 1250
+    looking_weight: float = 0.5
+    looking_start: int = 1750
 
 
 class Heads(torch.nn.Module):
@@ -142,14 +68,21 @@ class Heads(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropy in nats a token over the answers and over the readings, and the heads' sum."""
+    """Mean cross-entropy in nats a token over the answers and over the readings, the heads' sum, naming and looking."""
 
     answers: torch.Tensor
     reading: torch.Tensor
     heads: torch.Tensor
+    naming: torch.Tensor
+    looking: torch.Tensor
 
-    def total(self, schedule: Schedule) -> torch.Tensor:
-        return self.answers + schedule.reading_weight * self.reading + schedule.head_weight * self.heads
+    def total(self, schedule: Schedule, step: int) -> torch.Tensor:
+        loss = self.answers + schedule.reading_weight * self.reading + schedule.head_weight * self.heads
+        if step >= schedule.naming_start:
+            loss = loss + schedule.naming_weight * self.naming
+        if step >= schedule.looking_start:
+            loss = loss + schedule.looking_weight * self.looking
+        return loss
 
 
 def losses(model, heads: Heads, batch: Batch) -> Losses:
@@ -162,6 +95,8 @@ def losses(model, heads: Heads, batch: Batch) -> Losses:
     rotary = decoder.rotary_emb(hidden, batch.positions)
     mask = _block_mask(batch.block)
     for index, layer in enumerate(decoder.layers):
+        if index == LOOK_LAYER:
+            looking = _looking_loss(layer, hidden, rotary, mask, batch)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         if index == PLACE_LAYER:
             placed = hidden[is_image]
@@ -169,7 +104,28 @@ def losses(model, heads: Heads, batch: Batch) -> Losses:
     logits = model.lm_head(decoder.norm(hidden[:, :-1][is_scored])).float()
     nats = F.cross_entropy(logits, batch.ids[:, 1:][is_scored], reduction="none")
     is_reading = batch.block[:, 1:][is_scored] == 1
-    return Losses(nats[~is_reading].mean(), nats[is_reading].mean(), heads.loss(features, placed, batch.cells))
+    named = model.lm_head(decoder.norm(placed)).float()
+    naming = F.cross_entropy(named, batch.words[:, 0]) + F.cross_entropy(named, batch.words[:, 1])
+    cells = heads.loss(features, placed, batch.cells)
+    return Losses(nats[~is_reading].mean(), nats[is_reading].mean(), cells, naming, looking)
+
+
+def _looking_loss(layer, hidden: torch.Tensor, rotary, mask: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean of −log(attention that a layer's first head gives from a name to what it names), in nats."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
+
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    cos, sin = rotary
+    rows, places = batch.mentions.unbind(1)
+
+    def turned(x: torch.Tensor, at) -> torch.Tensor:
+        x = x[..., : attention.head_dim].float()
+        return x * cos[at] + rotate_half(x) * sin[at]
+
+    query = turned(attention.q_proj(normed[rows, places]), (rows, places))
+    key = turned(attention.k_proj(normed), slice(None))
+    logits = torch.einsum("md,msd->ms", query, key[rows]) * attention.head_dim**-0.5 + mask[rows, 0, places]
+    return -torch.logsumexp(logits.log_softmax(-1).masked_fill(~batch.named, -torch.inf), dim=-1).mean()
 
 
 def _block_mask(block: torch.Tensor) -> torch.Tensor:
@@ -226,12 +182,15 @@ def train(folder: Path, schedule: Schedule, seed: int, resume: bool) -> None:
     began, history = time.monotonic(), []
     with (folder / "training_log.jsonl").open("a" if start else "w") as log:
         for step in range(start, schedule.steps):
-            batch = make_batch(np.random.default_rng([seed, 1, step]), tokenizer, plan, schedule)
-            history.append(_train_step(trained, optimizer, batch, learning_rate_at(step, schedule), schedule))
+            batch = make_batch(
+                np.random.default_rng([seed, 1, step]), tokenizer, plan, schedule.batch, schedule.questions
+            )
+            history.append(_train_step(trained, optimizer, batch, step, schedule))
             if (step + 1) % 50 == 0:
-                answers, reading, heads = np.mean(history[-50:], axis=0).round(4).tolist()
-                line = {"step": step + 1, "answers": answers, "reading": reading, "heads": heads}
-                print(json.dumps(line | {"seconds": round(time.monotonic() - began)}), file=log, flush=True)
+                names = ("answers", "reading", "heads", "naming", "looking")
+                means = dict(zip(names, np.mean(history[-50:], axis=0).round(4).tolist()))
+                line = {"step": step + 1, **means, "seconds": round(time.monotonic() - began)}
+                print(json.dumps(line), file=log, flush=True)
             if (step + 1) % 250 == 0:
                 state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state, checkpoint.with_suffix(".tmp"))
@@ -240,17 +199,17 @@ def train(folder: Path, schedule: Schedule, seed: int, resume: bool) -> None:
     architecture.save_processor_files(tokenizer, folder)
 
 
-def _train_step(trained, optimizer, batch: Batch, rate: float, schedule: Schedule) -> tuple[float, float, float]:
+def _train_step(trained, optimizer, batch: Batch, step: int, schedule: Schedule) -> list[float]:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate_at(step, schedule)
     # At these lengths the plain attention is about twice as fast as the CPU's fused one, backward included.
     with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         found = losses(trained["model"], trained["heads"], batch)
     optimizer.zero_grad(set_to_none=True)
-    found.total(schedule).backward()
+    found.total(schedule, step).backward()
     torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
     optimizer.step()
-    return found.answers.item(), found.reading.item(), found.heads.item()
+    return [found.answers.item(), found.reading.item(), found.heads.item(), found.naming.item(), found.looking.item()]
 
 
 def _optimizer(trained: torch.nn.Module, schedule: Schedule) -> torch.optim.AdamW:

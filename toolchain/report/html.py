@@ -91,6 +91,8 @@ def bars(values: Sequence[tuple[str, float, str]]) -> list[Bar]:
 
 def _layer_bars(data: Mapping[str, Any], key: str) -> list[Bar]:
     layers = [x for x in data.get("layers") or [] if x.get(key) is not None]
+    if len({x[key] for x in layers}) == 1:
+        return []  # equal bars tell nothing that the table does not
     return bars([(x["name"], float(x[key]), number_text(x[key])) for x in layers])
 
 
