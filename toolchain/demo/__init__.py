@@ -5,5 +5,5 @@ from __future__ import annotations
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-CALIBRATION = Path(__file__).parent / "data" / "calib.jsonl"
-EVALUATION = Path(__file__).parent / "data" / "eval.jsonl"
+CALIBRATION = Path(__file__).parent / "pictures" / "calib.jsonl"
+EVALUATION = Path(__file__).parent / "pictures" / "eval.jsonl"

@@ -17,6 +17,7 @@ from toolchain.device.images import ImagePlan, patches_from_image
 
 # Batch lengths are rounded up to this, so that few matrix shapes occur and the CPU's kernels are compiled once.
 LENGTH_STEP = 16
+HARD = ("beside", "beside", "count_kind", "count_kind", "count_color", "color")  # the kinds that are learned last
 _COLOR = re.compile(rf"\b({'|'.join(task.COLORS)})\b")
 _KIND = re.compile(rf"\b({'|'.join(task.SHAPES + task.DIGITS)})(?:es|s)?\b")
 
@@ -29,7 +30,8 @@ class Batch:
     shared prefix, j in question j (1 is the reading), -1 in padding. is_answer bool[B, S] marks tokens that are scored.
     cells int64[B * cells, 4]: colour, kind (0 for empty), row, column. words int64[B * cells, 2]: token ids of the
     cell's colour and kind as they stand in a question, twice "nothing" for an empty one. mentions int64[M, 2]: (row,
-    place) of tokens that name something in the picture; named bool[M, S]: the picture tokens that each names.
+    place) of tokens that complete a name; named bool[M, S]: the picture tokens each names, none where the picture has
+    no such thing; found int64[M, 5]: how many it names, and the one's colour, kind, row, column (-100 where not one).
     """
 
     patches: torch.Tensor
@@ -41,6 +43,7 @@ class Batch:
     words: torch.Tensor
     mentions: torch.Tensor
     named: torch.Tensor
+    found: torch.Tensor
     grid: tuple[int, int]
 
 
@@ -54,8 +57,13 @@ class Asked:
     cells: list[int]
 
 
-def make_batch(rng: np.random.Generator, tokenizer, plan: ImagePlan, pictures: int, questions: int) -> Batch:
-    """`pictures` fresh pictures of one grid size, each read out whole and asked `questions` questions."""
+def make_batch(
+    rng: np.random.Generator, tokenizer, plan: ImagePlan, pictures: int, questions: int, hard_share: float = 0.0
+) -> Batch:
+    """`pictures` fresh pictures of one grid size, each read out whole and asked `questions` questions.
+
+    A share `hard_share` of the questions is of the kinds in HARD; the others are of any kind.
+    """
     rows = int(rng.integers(task.ROW_RANGE[0], task.ROW_RANGE[1] + 1))
     columns = int(rng.integers(task.COLUMN_RANGE[0], task.COLUMN_RANGE[1] + 1))
     pads = "<|image_pad|>" * (rows * columns)
@@ -64,7 +72,7 @@ def make_batch(rng: np.random.Generator, tokenizer, plan: ImagePlan, pictures: i
     for _ in range(pictures):
         scene = task.random_scene(rng, rows, columns)
         patches.append(patches_from_image(task.draw(scene, rng), plan)[0])
-        asked = [task.read_all(scene, rng), *(task.ask(scene, rng)[1:] for _ in range(questions))]
+        asked = [task.read_all(scene, rng), *(_ask(scene, rng, hard_share) for _ in range(questions))]
         sequences.append([_asked(tokenizer, scene, *pair) for pair in asked])
         cells += [[*_labels(thing), r, c] for r, row in enumerate(scene.cells) for c, thing in enumerate(row)]
         words += [_words(tokenizer, thing) for row in scene.cells for thing in row]
@@ -79,6 +87,14 @@ def _words(tokenizer, thing: task.Thing | None) -> list[int]:
     return [tokenizer.encode(f" {name}").ids[-1] for name in names]
 
 
+def _ask(scene: task.Scene, rng: np.random.Generator, hard_share: float) -> tuple[str, str]:
+    if hard_share and rng.random() < hard_share:
+        asked = task.QUESTIONS[HARD[int(rng.integers(len(HARD)))]](scene, rng)
+        if asked is not None:
+            return asked
+    return task.ask(scene, rng)[1:]
+
+
 def _asked(tokenizer, scene: task.Scene, question: str, answer: str) -> Asked:
     ids = tokenizer.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n").ids
     color, kind = _COLOR.search(question), _KIND.search(question)
@@ -91,7 +107,7 @@ def _asked(tokenizer, scene: task.Scene, question: str, answer: str) -> Asked:
         for index, thing in enumerate(things):
             if thing and (not color or thing.color == color[1]) and (not kind or thing.kind == kind[1]):
                 cells.append(index)
-    return Asked(ids, tokenizer.encode(answer + "<|im_end|>").ids, mention if cells else None, cells)
+    return Asked(ids, tokenizer.encode(answer + "<|im_end|>").ids, mention, cells)
 
 
 def _labels(thing: task.Thing | None) -> tuple[int, int]:
@@ -105,7 +121,8 @@ def _collate(patches, prefix: list[int], sequences, labels, grid: tuple[int, int
     ids, block = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
     is_answer, positions = torch.zeros(shape, dtype=torch.bool), torch.zeros(3, *shape, dtype=torch.int64)
     start, after = _prefix_positions(prefix, grid, image_id)
-    first, mentions, named = prefix.index(image_id), [], []
+    first, mentions, named, found = prefix.index(image_id), [], [], []
+    cell_labels = labels[0].reshape(len(sequences), -1, 4).tolist()
     for i, blocks in enumerate(sequences):
         ids[i, : len(prefix)], block[i, : len(prefix)] = torch.tensor(prefix), 0
         positions[:, i, : len(prefix)] = start
@@ -119,9 +136,22 @@ def _collate(patches, prefix: list[int], sequences, labels, grid: tuple[int, int
                 mentions.append([i, at + asked.mention])
                 named.append(torch.zeros(shape[1], dtype=torch.bool))
                 named[-1][[first + cell for cell in asked.cells]] = True
+                one = cell_labels[i][asked.cells[0]] if len(asked.cells) == 1 else [-100] * 4
+                found.append([len(asked.cells), *one])
             at = end
     stacked, size = torch.from_numpy(np.stack(patches)), (2 * grid[0], 2 * grid[1])
-    return Batch(stacked, ids, positions, block, is_answer, *labels, torch.tensor(mentions), torch.stack(named), size)
+    return Batch(
+        stacked,
+        ids,
+        positions,
+        block,
+        is_answer,
+        *labels,
+        torch.tensor(mentions),
+        torch.stack(named),
+        torch.tensor(found),
+        size,
+    )
 
 
 def _prefix_positions(prefix: list[int], grid: tuple[int, int], image_id: int) -> tuple[torch.Tensor, int]:

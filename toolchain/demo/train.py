@@ -4,7 +4,9 @@ Question answering alone sits on a long plateau. Dense supervision breaks it: ev
 raster order; linear heads that are thrown away afterwards name each cell's colour and kind from its vision token, and
 its row and column from the decoder's second layer. After 1250 steps looking a cell up by its place worked and by its
 content not; so from there on the second layer must also name the content in the words' own embeddings, and from step
-1750 on one head of the third must look from a name to what it names.
+1750 on one head of the third must look from a name to what it names. From step 3250 on a name must also know, a layer
+later, how many things it found and what and where a single one is; the learning rate starts over there, lower. The
+last thousand steps ask mostly what is learned last.
 
 Vision attention is one batched call, since all pictures of a batch share one grid size (see `batches`). `--resume`
 continues from the last checkpoint.
@@ -30,13 +32,14 @@ from toolchain.device.images import ImagePlan, grid_position_ids
 
 PLACE_LAYER = 1  # decoder layer after which image tokens must know where they stand and what they show
 LOOK_LAYER = 2  # decoder layer whose first head must look from a name to what it names
+FIND_LAYER = 3  # decoder layer after which a name must know what it found
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast. `batch` counts pictures, each with a reading and `questions` questions."""
 
-    steps: int = 3400
+    steps: int = 6000
     batch: int = 24
     questions: int = 6
     warmup: int = 100
@@ -48,6 +51,12 @@ class Schedule:
     naming_start: int = 1250
     looking_weight: float = 0.5
     looking_start: int = 1750
+    finding_weight: float = 0.25
+    finding_start: int = 3250
+    first_steps: int = 3400
+    hard_start: int = 4500
+    hard_share: float = 0.7
+    restart_rate: float = 4e-4
 
 
 class Heads(torch.nn.Module):
@@ -59,22 +68,30 @@ class Heads(torch.nn.Module):
         self.kind = torch.nn.Linear(width, 1 + len(task.SHAPES + task.DIGITS))
         self.row = torch.nn.Linear(width, task.ROW_RANGE[1])
         self.column = torch.nn.Linear(width, task.COLUMN_RANGE[1])
+        sizes = (1 + task.ROW_RANGE[1] * task.COLUMN_RANGE[1], *(h.out_features for h in self.children()))
+        self.found = torch.nn.ModuleList([torch.nn.Linear(width, size) for size in sizes])
 
     def loss(self, features: torch.Tensor, placed: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Sum of the four mean cross-entropies (nats a cell)."""
         logits = (self.color(features), self.kind(features), self.row(placed), self.column(placed))
         return torch.stack([F.cross_entropy(x.float(), cells[:, i]) for i, x in enumerate(logits)]).sum()
 
+    def finding_loss(self, mentions: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropies (nats a name) of how many things it names and of the one's labels, summed."""
+        logits = [head(mentions).float() for head in self.found]
+        return torch.stack([F.cross_entropy(x, found[:, i], ignore_index=-100) for i, x in enumerate(logits)]).sum()
+
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropy in nats a token over the answers and over the readings, the heads' sum, naming and looking."""
+    """Nats: a token over the answers and over the readings; a cell for the heads; naming, looking and finding."""
 
     answers: torch.Tensor
     reading: torch.Tensor
     heads: torch.Tensor
     naming: torch.Tensor
     looking: torch.Tensor
+    finding: torch.Tensor
 
     def total(self, schedule: Schedule, step: int) -> torch.Tensor:
         loss = self.answers + schedule.reading_weight * self.reading + schedule.head_weight * self.heads
@@ -82,6 +99,8 @@ class Losses:
             loss = loss + schedule.naming_weight * self.naming
         if step >= schedule.looking_start:
             loss = loss + schedule.looking_weight * self.looking
+        if step >= schedule.finding_start:
+            loss = loss + schedule.finding_weight * self.finding
         return loss
 
 
@@ -100,6 +119,8 @@ def losses(model, heads: Heads, batch: Batch) -> Losses:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         if index == PLACE_LAYER:
             placed = hidden[is_image]
+        if index == FIND_LAYER:
+            finding = heads.finding_loss(hidden[batch.mentions[:, 0], batch.mentions[:, 1]], batch.found)
     is_scored = batch.is_answer[:, 1:]
     logits = model.lm_head(decoder.norm(hidden[:, :-1][is_scored])).float()
     nats = F.cross_entropy(logits, batch.ids[:, 1:][is_scored], reduction="none")
@@ -107,16 +128,20 @@ def losses(model, heads: Heads, batch: Batch) -> Losses:
     named = model.lm_head(decoder.norm(placed)).float()
     naming = F.cross_entropy(named, batch.words[:, 0]) + F.cross_entropy(named, batch.words[:, 1])
     cells = heads.loss(features, placed, batch.cells)
-    return Losses(nats[~is_reading].mean(), nats[is_reading].mean(), cells, naming, looking)
+    return Losses(nats[~is_reading].mean(), nats[is_reading].mean(), cells, naming, looking, finding)
 
 
 def _looking_loss(layer, hidden: torch.Tensor, rotary, mask: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean of −log(attention that a layer's first head gives from a name to what it names), in nats."""
+    """Mean of −log(attention that a layer's first head gives from a name to what it names), in nats.
+
+    Names of things that are not in the picture are left out.
+    """
     from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     cos, sin = rotary
-    rows, places = batch.mentions.unbind(1)
+    is_there = batch.named.any(1)
+    rows, places = batch.mentions[is_there].unbind(1)
 
     def turned(x: torch.Tensor, at) -> torch.Tensor:
         x = x[..., : attention.head_dim].float()
@@ -125,7 +150,7 @@ def _looking_loss(layer, hidden: torch.Tensor, rotary, mask: torch.Tensor, batch
     query = turned(attention.q_proj(normed[rows, places]), (rows, places))
     key = turned(attention.k_proj(normed), slice(None))
     logits = torch.einsum("md,msd->ms", query, key[rows]) * attention.head_dim**-0.5 + mask[rows, 0, places]
-    return -torch.logsumexp(logits.log_softmax(-1).masked_fill(~batch.named, -torch.inf), dim=-1).mean()
+    return -torch.logsumexp(logits.log_softmax(-1).masked_fill(~batch.named[is_there], -torch.inf), dim=-1).mean()
 
 
 def _block_mask(block: torch.Tensor) -> torch.Tensor:
@@ -158,11 +183,14 @@ def _batched_vision(visual, patches: torch.Tensor, grid: tuple[int, int]) -> tor
 
 
 def learning_rate_at(step: int, schedule: Schedule) -> float:
-    """Linear warm-up, then a cosine to a fiftieth of the peak."""
+    """Linear warm-up and a cosine over `first_steps`; from `finding_start` on a second, lower cosine to the end."""
     if step < schedule.warmup:
         return schedule.learning_rate * (step + 1) / schedule.warmup
-    progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    return schedule.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    peak, start, end = schedule.learning_rate, schedule.warmup, schedule.first_steps
+    if step >= schedule.finding_start:
+        peak, start, end = schedule.restart_rate, schedule.finding_start, schedule.steps
+    progress = min(1.0, (step - start) / max(1, end - start))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(folder: Path, schedule: Schedule, seed: int, resume: bool) -> None:
@@ -182,12 +210,12 @@ def train(folder: Path, schedule: Schedule, seed: int, resume: bool) -> None:
     began, history = time.monotonic(), []
     with (folder / "training_log.jsonl").open("a" if start else "w") as log:
         for step in range(start, schedule.steps):
-            batch = make_batch(
-                np.random.default_rng([seed, 1, step]), tokenizer, plan, schedule.batch, schedule.questions
-            )
+            rng = np.random.default_rng([seed, 1, step])
+            hard_share = schedule.hard_share if step >= schedule.hard_start else 0.0
+            batch = make_batch(rng, tokenizer, plan, schedule.batch, schedule.questions, hard_share)
             history.append(_train_step(trained, optimizer, batch, step, schedule))
             if (step + 1) % 50 == 0:
-                names = ("answers", "reading", "heads", "naming", "looking")
+                names = ("answers", "reading", "heads", "naming", "looking", "finding")
                 means = dict(zip(names, np.mean(history[-50:], axis=0).round(4).tolist()))
                 line = {"step": step + 1, **means, "seconds": round(time.monotonic() - began)}
                 print(json.dumps(line), file=log, flush=True)
@@ -209,7 +237,8 @@ def _train_step(trained, optimizer, batch: Batch, step: int, schedule: Schedule)
     found.total(schedule, step).backward()
     torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
     optimizer.step()
-    return [found.answers.item(), found.reading.item(), found.heads.item(), found.naming.item(), found.looking.item()]
+    parts = (found.answers, found.reading, found.heads, found.naming, found.looking, found.finding)
+    return [part.item() for part in parts]
 
 
 def _optimizer(trained: torch.nn.Module, schedule: Schedule) -> torch.optim.AdamW:
