@@ -68,7 +68,8 @@ class Heads(torch.nn.Module):
         self.kind = torch.nn.Linear(width, 1 + len(task.SHAPES + task.DIGITS))
         self.row = torch.nn.Linear(width, task.ROW_RANGE[1])
         self.column = torch.nn.Linear(width, task.COLUMN_RANGE[1])
-        sizes = (1 + task.ROW_RANGE[1] * task.COLUMN_RANGE[1], *(h.out_features for h in self.children()))
+        labels = (self.color, self.kind, self.row, self.column)
+        sizes = (1 + task.ROW_RANGE[1] * task.COLUMN_RANGE[1], *(head.out_features for head in labels))
         self.found = torch.nn.ModuleList([torch.nn.Linear(width, size) for size in sizes])
 
     def loss(self, features: torch.Tensor, placed: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
