@@ -10,11 +10,11 @@ from typing import Any
 from toolchain.budget import MemoryPlan, Workload, mib, plan_memory
 from toolchain.geometry import ModelGeometry
 from toolchain.target import Target
-from toolchain.values import CODES, BitPlan
+from toolchain.values import CODES, PLAIN_CODE_NAMES, BitPlan
 
 MAX_SIDE = 8192
 MIN_CONTEXT, MAX_CONTEXT = 64, 1 << 20
-_SMALLEST = min(CODES.values(), key=lambda code: code.index_bits)
+_SMALLEST = min((CODES[name] for name in PLAIN_CODE_NAMES), key=lambda code: code.index_bits)
 
 
 @dataclass(frozen=True)

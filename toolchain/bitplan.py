@@ -18,7 +18,9 @@ DEFAULT_CODES = {
     "embedding": "2,6,6",
     "head": "2,6,6",
 }
-CODES_BY_BITS = {2: "4,8,8", 3: "2,6,6", 4: "2,8,8"}
+CODES_BY_BITS: dict[float, str] = {2: "4,8,8", 3: "2,6,6", 4: "2,8,8"}
+# The same bits and less error for a longer search.
+OVERLAPPING_BY_BITS: dict[float, str] = {2: "2,4,8", 3: "2,6,8", 4: "2,8,9"}
 LOWEST_BITS, HIGHEST_BITS = 2.0, 4.0
 KEPT_BYTES = 2  # a tensor that stays is stored in 16 bits
 
@@ -44,6 +46,7 @@ def plan(
     bits: float | None = None,
     overrides: Iterable[tuple[str, str]] = (),
     sensitivity: Mapping[str, float] | None = None,
+    overlapping: bool = False,
 ) -> BitPlan:
     """A code for every layer; layers of a group, and a layer and what it is tied to, share code and table.
 
@@ -56,6 +59,7 @@ def plan(
         kept: name → element count of every tensor that stays in 16 bits.
         overrides: (glob pattern of layer names, code "V,k,L"); the last that matches wins.
         sensitivity: group → loss at 2 bits, in any one unit.
+        overlapping: codes with overlapping windows wherever no override names one.
 
     Raises:
         UsageError: bits out of range, a pattern that matches nothing or splits a group, an unknown code, or overrides
@@ -65,9 +69,11 @@ def plan(
     groups = _groups(layers)
     fixed = _overridden(layers, groups, tuple(overrides))
     if bits is None:
-        codes = {group: fixed.get(group, DEFAULT_CODES[members[0].part]) for group, members in groups.items()}
+        wanted = {group: CODES[DEFAULT_CODES[members[0].part]].index_bits for group, members in groups.items()}
     else:
-        codes = _allocate(groups, fixed, bits, sensitivity or {})
+        wanted = _allocate(groups, fixed, bits, sensitivity or {})
+    by_bits = OVERLAPPING_BY_BITS if overlapping else CODES_BY_BITS
+    codes = {group: fixed.get(group) or by_bits[wanted[group]] for group in groups}
     tables = {group: f"t{index}" for index, group in enumerate(groups)}
     group_of = {spec.name: group for group, members in groups.items() for spec in members}
     planned = tuple(
@@ -129,12 +135,12 @@ def _stored_weights(members: list[LayerSpec]) -> int:
 
 def _allocate(
     groups: dict[str, list[LayerSpec]], fixed: dict[str, str], bits: float, sensitivity: Mapping[str, float]
-) -> dict[str, str]:
-    """Group → code of at most `bits` index bits on average."""
+) -> dict[str, float]:
+    """Group that no override fixes → its index bits, at most `bits` on average over all groups."""
     if not LOWEST_BITS <= bits <= HIGHEST_BITS:
         raise UsageError(
             f"bits {bits:g}: expected {LOWEST_BITS:g} to {HIGHEST_BITS:g} for now, "
-            f"the range that the codes {' '.join(CODE_NAMES)} span"
+            f"the range that the codes {' '.join(CODES_BY_BITS.values())} span; an override may name any code"
         )
     weights = {group: _stored_weights(members) for group, members in groups.items()}
     allowed = bits * sum(weights.values()) + 1e-6
@@ -143,7 +149,7 @@ def _allocate(
         average = spent / sum(weights.values())
         raise UsageError(f"bits {bits:g}: the overrides alone come to {average:.3f}; ask for more, or override less")
     per_weight = _loss_per_weight(weights, sensitivity)
-    level = {group: 2 for group in groups if group not in fixed}
+    level: dict[str, float] = {group: LOWEST_BITS for group in groups if group not in fixed}
     order = {group: index for index, group in enumerate(groups)}
     while True:
         open_groups = [g for g in level if level[g] + 1 in CODES_BY_BITS and spent + weights[g] <= allowed]
@@ -152,7 +158,7 @@ def _allocate(
         best = max(open_groups, key=lambda g: (per_weight[g] / 4 ** level[g], -weights[g], -order[g]))
         level[best] += 1
         spent += weights[best]
-    return fixed | {group: CODES_BY_BITS[found] for group, found in level.items()}
+    return level
 
 
 def _loss_per_weight(weights: dict[str, int], sensitivity: Mapping[str, float]) -> dict[str, float]:

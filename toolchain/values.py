@@ -94,7 +94,8 @@ class VQCode:
         return row_groups * stride * column_chunks * self.chunk_bytes
 
 
-CODE_NAMES = ("4,8,8", "2,6,6", "2,8,8")
+PLAIN_CODE_NAMES = ("4,8,8", "2,6,6", "2,8,8")
+CODE_NAMES = (*PLAIN_CODE_NAMES, "2,3,8", "2,4,8", "2,5,8", "2,6,8", "2,8,9", "4,8,9")
 CODES: dict[str, VQCode] = {name: VQCode.parse(name) for name in CODE_NAMES}
 
 PARTS = ("language", "vision", "projector", "embedding", "head")

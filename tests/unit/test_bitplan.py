@@ -81,13 +81,29 @@ def test_overrides_hold_and_the_last_one_wins():
     assert plan(SPECS, KEPT, bits=2.6, overrides=[("model.vis.*", "2,6,6")]).index_bits() <= 2.6
 
 
+def test_overrides_may_name_codes_with_overlapping_windows():
+    found = plan(SPECS, KEPT, bits=2.2, overrides=[("model.vis.*", "2,3,8"), ("*.down", "2,5,8")])
+    codes = codes_of(found)
+    assert (codes["model.vis.fc"], codes["model.lm.0.down"]) == ("2,3,8", "2,5,8")
+    assert found.index_bits() <= 2.2
+
+
+@pytest.mark.parametrize("bits", [None, 2.0, 2.5, 4.0])
+def test_overlapping_plans_have_the_bits_of_plain_ones(bits):
+    plain, overlapping = (plan(SPECS, KEPT, bits=bits, overlapping=flag) for flag in (False, True))
+    assert [x.vq_code.index_bits for x in plain.layers] == [x.vq_code.index_bits for x in overlapping.layers]
+    assert all(x.vq_code.window > x.vq_code.shift for x in overlapping.layers)
+    fixed = plan(SPECS, KEPT, bits=bits, overlapping=True, overrides=[("model.lm.0.*", "4,8,8")])
+    assert codes_of(fixed)["model.lm.0.q"] == "4,8,8"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"bits": 1.9}, "bits 1.9: expected 2 to 4"),
         ({"bits": 4.1}, "bits 4.1: expected 2 to 4"),
         ({"overrides": [("nothing.*", "4,8,8")]}, "matches no layer"),
-        ({"overrides": [("*", "2,4,8")]}, "unknown code; use one of 4,8,8 2,6,6 2,8,8"),
+        ({"overrides": [("*", "2,7,8")]}, "unknown code; use one of 4,8,8 2,6,6 2,8,8 2,3,8"),
         ({"overrides": [("*.q", "2,8,8")]}, r"group model\.lm\.0\.qkv runs as one node"),
         ({"overrides": [("head", "2,8,8")]}, r"group model\.lm\.embed runs as one node"),
         ({"bits": 2.0, "overrides": [("model.vis.*", "2,8,8")]}, "the overrides alone come to"),

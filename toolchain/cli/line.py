@@ -147,12 +147,16 @@ def evaluate(
     model: ModelOption,
     data: Annotated[Path, typer.Option(help="Manifest whose lines have answers.")],
     calib: Annotated[Path | None, typer.Option(help="Calibration manifest; refused when it shares a picture.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Checkpoint to measure KL divergence from, the full-precision one as a rule.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     form: FormatOption = Format.text,
 ) -> None:
-    """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest."""
+    """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest; with --reference, KL divergence too."""
     from toolchain.calibration import read_manifest
     from toolchain.checkpoint import load_any
+    from toolchain.compare import checkpoint_log_probabilities, divergence_from
     from toolchain.evaluate import answer_all, refuse_overlap
     from toolchain.models.family import family_for, read_config
     from toolchain.models.runner import torch_graphs
@@ -163,17 +167,24 @@ def evaluate(
     samples = read_manifest(data)
     if calib is not None:
         refuse_overlap(read_manifest(calib), samples)
-    host, loaded, progress = family.load_host(config, model), load_any(model), Progress()
+    processor, progress = family.load_processor(model), Progress()
+    expected = None
+    if reference is not None:
+        progress.stage(f"reference  {reference} on {len(samples)} questions")
+        expected = checkpoint_log_probabilities(reference, processor, samples, progress.step)
+    loaded = load_any(model)
     progress.stage(f"evaluate   {model} on {len(samples)} questions")
     with keep_decoded(loaded):
-        found = answer_all(host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step)
+        found = answer_all(processor.host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step)
+        interval = divergence_from(expected, loaded, processor, samples, 0, progress.step) if expected else None
     wrong = [
         {"image": a.sample.image.name, "prompt": a.sample.prompt, "answer": a.sample.answer, "given": a.given}
         for a in found.answers
         if not a.is_right
     ]
-    examples = "".join(
-        f"\n  {w['image']} {w['prompt']} expected {w['answer']!r}, given {w['given']!r}" for w in wrong[:5]
-    )
+    lines = [f"accuracy {100 * found.accuracy:.1f} % of {len(samples)}"]
+    lines += [f"KL {interval} nats an answer token, from {reference}"] if interval else []
+    for w in wrong[:5]:
+        lines.append(f"  {w['image']} {w['prompt']} expected {w['answer']!r}, given {w['given']!r}")
     result = {"accuracy": found.accuracy, "questions": len(samples), "wrong": wrong}
-    emit(result, f"accuracy {100 * found.accuracy:.1f} % of {len(samples)}{examples}", form)
+    emit(result | (interval.to_json() if interval else {}), "\n".join(lines), form)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 # Scores held at a time: rows are taken in pieces so that rows * entries stays below this (0.25 GiB of float32).
 SCORES_AT_A_TIME = 1 << 26
+
+# (targets float32[m, V], metric float32[V, V], table float32[2^L, V], scales float32[m]) -> indices [m].
+Search = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def index_dtype(entries: int) -> torch.dtype:
+    """What indices of a table of so many entries are held in."""
+    return torch.uint8 if entries <= 256 else torch.int16
 
 
 def nearest_entries(targets: Tensor, metric: Tensor, table: Tensor, scales: Tensor) -> Tensor:

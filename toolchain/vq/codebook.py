@@ -1,6 +1,7 @@
 """Tables trained in the metric they will be paid in: Lloyd's algorithm where every sample has its own V×V metric.
 
 A sample is a vector t of V weights at unit row scale with metric M = a² · D_b; the loss is Σ (t − c) M (t − c)ᵀ.
+The table of an overlapping code is trained on whole chunks, each coded by its cheapest path.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolchain.values import VQCode
+from toolchain.values import CHUNK_ROWS, ROW_STRIDE, VQCode
+from toolchain.vq.trellis import chunk_rows, closed_paths
 
 INT8_LIMIT = 127
 # Scores a piece of samples makes: 1 MiB of float32 stays in cache between the product and the search for the least.
@@ -46,12 +48,7 @@ def draw_samples(unit: Tensor, pivots: Tensor, scales: Tensor, count: int, gener
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = unit.shape[0] * blocks
-    if total <= count:
-        places = torch.arange(total, device=unit.device)
-    else:
-        inside = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
-        starts = torch.arange(count, dtype=torch.float64, device=generator.device) + inside
-        places = (starts * (total / count)).long().clamp(max=total - 1).to(unit.device)
+    places = _stretches(total, count, generator).to(unit.device)
     row, block = places // blocks, places % blocks
     metrics = pivots[block] * scales[row].square()[:, None, None]
     return Samples(unit.reshape(-1, blocks, vector)[row, block], metrics)
@@ -67,6 +64,86 @@ def train_table(samples: Samples, entries: int, rounds: int, generator: torch.Ge
         table = solve_cells(cells, table)
         table = _reseed_empty(table, cells, samples, scores)
     return table, gather_cells(samples, _assign(features, table)[0], entries)
+
+
+def draw_chunks(unit: Tensor, pivots: Tensor, scales: Tensor, count: int, generator: torch.Generator) -> Samples:
+    """At most `count` vectors in whole chunks of 16 as the format cuts them, one chunk from each equal stretch.
+
+    Args:
+        unit, pivots, scales: as for `draw_samples`, m a multiple of 128.
+    """
+    blocks, vector = pivots.shape[0], pivots.shape[1]
+    total = len(unit) // CHUNK_ROWS * blocks
+    places = _stretches(total, max(1, count // CHUNK_ROWS), generator).to(unit.device)
+    chunk, block = places // blocks, places % blocks
+    rows = chunk_rows(chunk // ROW_STRIDE, chunk % ROW_STRIDE).flatten()
+    block = block.repeat_interleave(CHUNK_ROWS)
+    metrics = pivots[block] * scales[rows].square()[:, None, None]
+    return Samples(unit.reshape(-1, blocks, vector)[rows, block], metrics)
+
+
+def _stretches(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """int64: one place from each of `count` equal stretches of 0 … total − 1, or all places where they are no more."""
+    if total <= count:
+        return torch.arange(total)
+    inside = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
+    starts = torch.arange(count, dtype=torch.float64, device=generator.device) + inside
+    return (starts * (total / count)).long().clamp(max=total - 1)
+
+
+def train_paths(samples: Samples, code: VQCode, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:
+    """(table float32[2^L, V], its cells) for the cheapest paths of `draw_chunks` samples, L > k.
+
+    A k-means table, drawn together and arranged over the windows, then rounds of search and least squares.
+    """
+    table, _ = train_table(samples, code.entries, rounds, generator)
+    table = arrange_windows(path_spread(code) * table, code)
+    features = sample_features(samples)
+    queries = features.view(-1, CHUNK_ROWS, features.shape[1]).permute(1, 2, 0)
+    for step in range(rounds + 1):
+        chosen = closed_paths(queries, entry_features(table), code).T.reshape(-1)
+        cells = gather_cells(samples, chosen, code.entries)
+        if step < rounds:
+            table = solve_cells(cells, table)
+    return table, cells
+
+
+def path_spread(code: VQCode) -> float:
+    """What a k-means table is multiplied by before it starts a table for paths; 1 where L = k.
+
+    The entries of a k-means table lie as p^(V / (V + 2)) where the samples lie as p, for a Gaussian √((V + 2) / V) as
+    wide; a code of many nodes draws from its entries as from random ones and wants them as wide as the samples.
+    In between by overlapping bits, four counting as many: on random layers it takes 2 to 5 % off the loss of (2,3,8)
+    and (2,4,8), and the same factor would add 25 % to that of (2,8,9).
+    """
+    share = min(code.window - code.shift, 4) / 4
+    return 1 - share * (1 - (code.vector / (code.vector + 2)) ** 0.5)
+
+
+def arrange_windows(table: Tensor, code: VQCode) -> Tensor:
+    """The table's rows assigned to windows so that the 2^k that leave a node, or enter one, spread over all of space.
+
+    Set partitioning (Ungerboeck 1982; for sources Marcellin & Fischer 1990): 2^k cells of neighbouring entries, of
+    which every node leaves by one window and is entered by one. Gaussian MSE after 12 rounds, against a random order:
+    (2,3,8) 0.1572, 0.1589; (2,4,8) 0.0823, 0.0840; (2,5,8) 0.0431, 0.0454; (2,6,8) 0.0234, 0.0249; (4,8,9) no better.
+    """
+    overlap = code.window - code.shift
+    windows = torch.arange(code.entries, device=table.device)
+    left, symbol = windows >> code.shift, windows >> overlap
+    # A node's own bits decide which entry of a cell it has, and shift the cells against each other.
+    cell = (windows ^ left) & ((1 << code.shift) - 1) if code.shift >= overlap else windows ^ symbol
+    return table[_split_order(table).view(1 << code.shift, -1)[cell & ((1 << code.shift) - 1), left]]
+
+
+def _split_order(table: Tensor) -> Tensor:
+    """int64[2^L]: entries by repeated halving along the widest axis, so that leading bits name compact cells."""
+    order = torch.arange(len(table), device=table.device)[None]
+    while order.shape[1] > 1:
+        inside = table[order]
+        axis = inside.var(dim=1).argmax(dim=1)[:, None, None].expand(-1, order.shape[1], 1)
+        sorting = inside.gather(2, axis)[..., 0].argsort(dim=1, stable=True)
+        order = order.gather(1, sorting).view(2 * len(order), -1)
+    return order.flatten()
 
 
 def seed_table(samples: Samples, features: Tensor, entries: int, generator: torch.Generator) -> Tensor:

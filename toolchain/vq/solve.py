@@ -6,16 +6,38 @@ import torch
 from torch import Tensor
 
 from toolchain.values import VQCode
-from toolchain.vq.codebook import draw_samples, round_table, solve_cells, sweep_cells, train_table
-from toolchain.vq.factor import factor_moment
+from toolchain.vq.codebook import (
+    Cells,
+    draw_chunks,
+    draw_samples,
+    round_table,
+    solve_cells,
+    sweep_cells,
+    train_paths,
+    train_table,
+)
+from toolchain.vq.factor import Factors, factor_moment
 from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.sweep import sweep
-from toolchain.vq.weights import Options, VQGroup, decode_stacked, output_errors, pack_group, stack_group
+from toolchain.vq.trellis import search_for
+from toolchain.vq.weights import Options, Problem, VQGroup, decode_stacked, output_errors, pack_group, stack_group
 
 
 def safe_divisor(scales: Tensor) -> Tensor:
     """The scales with 1 in place of 0, for dividing a row of zeros."""
     return torch.where(scales > 0, scales, 1.0)
+
+
+def first_table(
+    problem: Problem, factors: Factors, scales: Tensor, code: VQCode, options: Options, generator: torch.Generator
+) -> tuple[Tensor, Cells]:
+    """(table float32[2^L, V], its cells) trained on a sample of the weights at unit scale, before any feedback."""
+    unit = problem.weight / safe_divisor(scales)[:, None]
+    if code.window > code.shift:
+        chunks = draw_chunks(unit, factors.pivots, scales, options.samples, generator)
+        return train_paths(chunks, code, options.lloyd_rounds, generator)
+    samples = draw_samples(unit, factors.pivots, scales, options.samples, generator)
+    return train_table(samples, code.entries, options.lloyd_rounds, generator)
 
 
 def quantize_group(
@@ -31,19 +53,17 @@ def quantize_group(
         moment: float32[n, n], the second moment H of that input.
         generator: seeds the table; the result depends on nothing else random.
     """
-    problem = stack_group(weights, moment, code)
+    problem = stack_group(weights, moment, code, searches_paths=True)
     factors = factor_moment(problem.moment, problem.columns, code.vector, options.damping)
     start = rms_scales(problem.weight, problem.columns)
-    samples = draw_samples(
-        problem.weight / safe_divisor(start)[:, None], factors.pivots, start, options.samples, generator
-    )
-    table, cells = train_table(samples, code.entries, options.lloyd_rounds, generator)
+    table, cells = first_table(problem, factors, start, code, options, generator)
+    search = search_for(code)
     worth = start  # the scale at which an entry of the unrounded table is a weight
     rounds = []
     for _ in range(options.rounds):
         stored, step = round_table(table, cells, code)
         scales = stored_scales(worth * step)
-        indices, targets = sweep(problem.weight, factors, stored, scales, options.batch_columns)
+        indices, targets = sweep(problem.weight, factors, stored, scales, options.batch_columns, search)
         unit = decode_stacked(indices, stored, torch.ones_like(scales))
         scales = stored_scales(refit_scales(problem.weight, unit, factors.damped, scales.float()))
         error = output_errors(problem.weight - unit * scales.float()[:, None], problem)

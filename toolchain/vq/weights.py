@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.errors import ShapeError, UnsupportedError
-from toolchain.values import VQCode
+from toolchain.errors import NumericGateError, ShapeError, UnsupportedError
+from toolchain.values import PLAIN_CODE_NAMES, VQCode
 from toolchain.vq import format as vq_format
 
 
@@ -68,37 +69,47 @@ Method = Callable[[list[Tensor], Tensor, VQCode, Options, torch.Generator], VQGr
 class Problem:
     """A group's stacked rows, padded to whole column groups: W float32[m, n], H float32[n, n], n % 16 == 0.
 
-    `columns` is n before padding; `rows` are the layers' own row counts, m in all.
+    `columns` is n before padding; `rows` are the layers' own row counts, and `held` those they take in W, m in all:
+    with overlapping codes each layer is padded to whole row groups, because the padding's bits are its neighbours'.
     """
 
     weight: Tensor
     moment: Tensor
     columns: int
     rows: tuple[int, ...]
+    held: tuple[int, ...]
 
 
-def stack_group(weights: list[Tensor], moment: Tensor, code: VQCode) -> Problem:
-    """The group as one matrix, columns padded with zeros (weights and H).
+def stack_group(weights: list[Tensor], moment: Tensor, code: VQCode, *, searches_paths: bool = False) -> Problem:
+    """The group as one matrix, columns padded with zeros (weights and H), and rows too where the code overlaps.
+
+    Args:
+        searches_paths: the method finds the windows of overlapping codes (`trellis`).
 
     Raises:
         ShapeError: the layers differ in columns, or H does not fit them.
-        UnsupportedError: a code with L > k, which needs a trellis search.
+        UnsupportedError: a code with L > k for a method that takes every block's nearest entry.
     """
-    if code.window != code.shift:
-        raise UnsupportedError(f"code {code}: these methods search codes with L = k; use one of 4,8,8 2,6,6 2,8,8")
+    if code.window != code.shift and not searches_paths:
+        names = " ".join(PLAIN_CODE_NAMES)
+        raise UnsupportedError(
+            f"code {code}: a method that takes the nearest entry of each block needs L = k; use one of {names}, "
+            "or method mgvq"
+        )
     columns = weights[0].shape[1]
     if any(w.ndim != 2 or w.shape[1] != columns for w in weights) or moment.shape != (columns, columns):
         shapes = [list(w.shape) for w in weights]
         raise ShapeError(f"expected weights [m_i, n] and a moment [n, n], found {shapes} and {list(moment.shape)}")
-    weight = torch.cat([w.float() for w in weights])
     extra = code.padded_shape(1, columns)[1] - columns
     padded = torch.nn.functional.pad(moment.float(), (0, extra, 0, extra))
-    weight = torch.nn.functional.pad(weight, (0, extra))
-    return Problem(weight, padded, columns, tuple(w.shape[0] for w in weights))
+    rows = tuple(w.shape[0] for w in weights)
+    held = tuple(code.padded_shape(m, 1)[0] for m in rows) if code.window > code.shift else rows
+    stacked = [torch.nn.functional.pad(w.float(), (0, extra, 0, m - len(w))) for w, m in zip(weights, held)]
+    return Problem(torch.cat(stacked), padded, columns, rows, held)
 
 
 def decode_stacked(indices: Tensor, table: Tensor, scales: Tensor) -> Tensor:
-    """Ŵ float32[m, n] from one index a lookup, uint8[m, n / V]."""
+    """Ŵ float32[m, n] from one index a lookup, integers [m, n / V]."""
     unit = table.float()[indices.long()].reshape(indices.shape[0], -1)
     return unit * scales.float()[:, None]
 
@@ -112,22 +123,42 @@ def pack_group(problem: Problem, indices: Tensor, table: Tensor, scales: Tensor,
     """The group in its stored form, with its errors.
 
     Args:
-        indices: uint8[m, n / V], below 2**L.
+        indices: integers [m, n / V], below 2**L; windows of closed chunks where L > k.
         table: in the code's table dtype.
         scales: float16[m].
     """
     error = output_errors(problem.weight - decode_stacked(indices, table, scales), problem)
     reference = output_errors(problem.weight, problem)
     layers = tuple(
-        VQWeights(code, part.shape[0], problem.columns, pack_indices(part, code), table, scale.clone())
-        for part, scale in zip(indices.split(problem.rows), scales.split(problem.rows))
+        VQWeights(code, rows, problem.columns, pack_indices(part, code), table, scale[:rows].clone())
+        for rows, part, scale in zip(problem.rows, indices.split(problem.held), scales.split(problem.held))
     )
-    errors, references = (tuple(float(s.sum()) for s in v.split(problem.rows)) for v in (error, reference))
+    errors, references = (tuple(float(s.sum()) for s in v.split(problem.held)) for v in (error, reference))
     return VQGroup(layers, errors, references)
 
 
 def pack_indices(indices: Tensor, code: VQCode) -> Tensor:
-    """uint8[bytes] in checkpoint order from one index a lookup, uint8[rows, n / V]; L = k, so indices are symbols."""
+    """uint8[bytes] in checkpoint order from one index a lookup, integers [rows, n / V].
+
+    Rows are padded with index 0 where L = k. Where L > k they come padded, and a symbol is its window's first k bits.
+
+    Raises:
+        NumericGateError: the symbols do not give back the windows: some chunk's path does not close.
+    """
     padded_rows = code.padded_shape(indices.shape[0], 1)[0]
-    matrix = vq_format.pad_matrix(indices.cpu().numpy().astype(np.uint8), padded_rows, indices.shape[1])
-    return torch.from_numpy(vq_format.pack(vq_format.chunks_from_matrix(matrix, code), code))
+    matrix = vq_format.pad_matrix(indices.cpu().numpy().astype(np.uint16), padded_rows, indices.shape[1])
+    windows = vq_format.chunks_from_matrix(matrix, code)
+    symbols = (windows >> (code.window - code.shift)).astype(np.uint8)
+    if code.window > code.shift:
+        check_closed(windows, symbols, code)
+    return torch.from_numpy(vq_format.pack(symbols, code))
+
+
+def check_closed(windows: NDArray, symbols: NDArray, code: VQCode) -> None:
+    """Refuse windows [R, 8, C, 16] that their symbols do not give back."""
+    broken = (vq_format.windows_from_symbols(symbols, code) != windows).any(axis=-1)
+    if broken.any():
+        raise NumericGateError(
+            f"code {code}: expected windows that follow each other round every chunk, found {int(broken.sum())} of "
+            f"{broken.size} chunks that do not; this is a fault of the search, or rows were cut off its padding"
+        )

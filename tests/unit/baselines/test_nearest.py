@@ -40,5 +40,5 @@ def test_beats_rounding_in_weight_error():
 
 def test_methods_are_found_by_name():
     assert method_named("nearest") is METHODS["nearest"]
-    with pytest.raises(UsageError, match="'gptq' is not known; use one of mgvq, nearest, rtn"):
-        method_named("gptq")
+    with pytest.raises(UsageError, match="'awq' is not known; use one of mgvq, gptvq, gptq, nearest, rtn"):
+        method_named("awq")

@@ -5,20 +5,25 @@ from itertools import pairwise
 import pytest
 import torch
 
-from toolchain.values import CODES
+from toolchain.values import CODE_NAMES, CODES, PLAIN_CODE_NAMES
 from toolchain.vq.codebook import (
     Cells,
     Samples,
+    arrange_windows,
+    draw_chunks,
     draw_samples,
     entry_features,
     gather_cells,
+    path_spread,
     round_table,
     sample_features,
     seed_table,
     solve_cells,
     sweep_cells,
+    train_paths,
     train_table,
 )
+from toolchain.vq.trellis import closed_paths
 
 
 def random_samples(count: int = 600, vector: int = 4, seed: int = 0) -> Samples:
@@ -165,3 +170,73 @@ def test_a_table_of_zeros_rounds():
     stored, step = round_table(torch.zeros(256, 4), Cells(torch.zeros(256, 4, 4), torch.zeros(256, 4)), CODES["4,8,8"])
     assert step == 1.0
     assert int(stored.abs().max()) == 0
+
+
+OVERLAPPING = [CODES[name] for name in CODE_NAMES if name not in PLAIN_CODE_NAMES]
+
+
+def gaussian_samples(vector: int, chunks: int, seed: int) -> Samples:
+    vectors = torch.randn(16 * chunks, vector, generator=torch.Generator().manual_seed(seed))
+    return Samples(vectors, torch.eye(vector).expand(len(vectors), -1, -1))
+
+
+def path_error(samples: Samples, table: torch.Tensor, code) -> float:
+    """Mean squared error a weight of closed paths through the table."""
+    features = sample_features(samples)
+    queries = features.view(-1, 16, features.shape[1]).permute(1, 2, 0)
+    chosen = closed_paths(queries, entry_features(table), code).T.reshape(-1)
+    return float((samples.vectors - table[chosen]).square().mean())
+
+
+# DESIGN.md section 3 for (2,6,8) and (2,8,9). Its figures are those of long open paths: closing each 16 windows costs
+# (2,4,8) 4 % more (0.0823), (2,5,8) 2 % and (2,3,8) 6 %.
+@pytest.mark.parametrize(("name", "expected"), [("2,6,8", 0.0234), ("2,8,9", 0.0073)])
+def test_trained_tables_reach_the_known_gaussian_error(name, expected):
+    code = CODES[name]
+    table, _ = train_paths(gaussian_samples(2, 2_048, 0), code, 12, torch.Generator().manual_seed(0))
+    assert path_error(gaussian_samples(2, 1_024, 1), table, code) < 1.03 * expected
+
+
+@pytest.mark.parametrize("code", OVERLAPPING, ids=str)
+def test_windows_of_a_node_spread_over_all_cells(code):
+    # Entries on a line: the cells are its 2^k stretches, and each node leaves and is entered by one of each.
+    table = torch.arange(float(code.entries))[:, None].expand(-1, code.vector)
+    arranged = arrange_windows(table, code)[:, 0].long()
+    assert torch.equal(arranged.sort().values, torch.arange(code.entries))
+    nodes = 1 << (code.window - code.shift)
+    cells = arranged // nodes
+    leaving, entering = cells.view(nodes, -1), cells.view(-1, nodes).T
+    for groups in (leaving, entering):
+        assert torch.equal(groups.sort(dim=1).values, torch.arange(1 << code.shift).expand(nodes, -1))
+
+
+def test_arranged_tables_beat_shuffled_ones():
+    code, generator = CODES["2,6,8"], torch.Generator().manual_seed(0)
+    samples = gaussian_samples(2, 500, 2)
+    table, _ = train_table(samples, code.entries, 4, generator)
+    table = path_spread(code) * table
+    shuffled = table[torch.randperm(code.entries, generator=generator)]
+    assert path_error(samples, arrange_windows(table, code), code) < 0.95 * path_error(samples, shuffled, code)
+
+
+def test_the_spread_lies_between_plain_and_random_codes():
+    assert path_spread(CODES["4,8,8"]) == 1
+    assert path_spread(CODES["2,4,8"]) == pytest.approx(0.5**0.5)
+    assert path_spread(CODES["2,8,9"]) > path_spread(CODES["2,6,8"]) > path_spread(CODES["2,4,8"])
+
+
+def test_chunks_are_drawn_whole():
+    # The value of a weight says where it stands: 1000 · row + column.
+    unit = 1000.0 * torch.arange(256.0)[:, None] + torch.arange(16.0)
+    pivots = torch.eye(2) * (1 + torch.arange(8.0))[:, None, None]
+    scales = 1 + torch.arange(256.0)
+    drawn = draw_chunks(unit, pivots, scales, 40 * 16, torch.Generator().manual_seed(0))
+    rows, columns = drawn.vectors[:, 0] // 1000, drawn.vectors[:, 0] % 1000
+    by_chunk = rows.view(40, 16)
+    assert torch.equal(by_chunk, by_chunk[:, :1] + 8 * torch.arange(16.0))
+    assert bool((by_chunk[:, 0] % 128 < 8).all())
+    assert len(by_chunk[:, 0].unique()) == 16
+    assert bool((columns.view(40, 16) == columns.view(40, 16)[:, :1]).all())
+    expected = (1 + columns / 2) * (1 + rows) ** 2
+    torch.testing.assert_close(drawn.metrics[:, 0, 0], expected)
+    assert len(draw_chunks(unit, pivots, scales, 10**6, torch.Generator()).vectors) == 256 * 8

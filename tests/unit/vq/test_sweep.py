@@ -4,9 +4,11 @@ import pytest
 import torch
 from layer_problems import random_layer
 
+from toolchain.values import VQCode
 from toolchain.vq.assign import nearest_entries
 from toolchain.vq.factor import factor_moment
 from toolchain.vq.sweep import sweep
+from toolchain.vq.trellis import chunk_rows, search_for
 from toolchain.vq.weights import decode_stacked
 
 
@@ -78,6 +80,27 @@ def test_targets_carry_the_errors_before_them():
     error = weight - decode_stacked(indices, table, scales)
     strictly_upper = factors.unit - torch.block_diag(*[torch.eye(4)] * 4)
     torch.testing.assert_close(targets, weight + error @ strictly_upper)
+
+
+def test_paths_are_the_cheapest_of_all_streams_given_the_blocks_before():
+    # (2,1,2) has 2^16 streams a chunk: all are tried, in the metric of each block, on the errors of those before it.
+    code = VQCode(2, 1, 2)
+    weight, moment = random_layer(128, 16, seed=6)
+    factors = factor_moment(moment, 16, 2, damping=0.01)
+    table = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).half()
+    scales = weight.square().mean(dim=1).sqrt().half()
+    indices, targets = sweep(weight, factors, table, scales, 8, search_for(code))
+    error = weight - decode_stacked(indices, table, scales)
+    torch.testing.assert_close(targets, weight + error @ (factors.unit - torch.block_diag(*[torch.eye(2)] * 8)))
+    symbols = torch.arange(1 << 16)[:, None] >> torch.arange(15, -1, -1) & 1
+    streams = 2 * symbols + symbols.roll(-1, dims=1)
+    for block, inside in ((0, 0), (3, 5), (7, 7)):
+        rows = chunk_rows(torch.tensor(0), torch.tensor(inside))
+        off = targets[rows, None, 2 * block : 2 * block + 2] - scales[rows, None, None].float() * table.float()
+        losses = torch.einsum("tcv,vw,tcw->tc", off, factors.pivots[block], off)
+        totals = losses.gather(1, streams.T).sum(dim=0)
+        found = losses.gather(1, indices[rows, block].long()[:, None]).sum()
+        assert float(found) == pytest.approx(float(totals.min()), rel=1e-4)
 
 
 def test_feedback_beats_nearest_entries():

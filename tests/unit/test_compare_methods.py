@@ -1,0 +1,218 @@
+"""Methods beside one another on the tiny model: what a row says is what was measured, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from toolchain.baselines.dense import dense_bits, quantize_dense
+from toolchain.bitplan import plan as plan_bits
+from toolchain.bitplan import real_bits
+from toolchain.calibration import read_manifest
+from toolchain.checkpoint import load_model
+from toolchain.cli import main
+from toolchain.compare import answer_log_probabilities, check_answers, compare_methods
+from toolchain.compare_plot import plot_rows
+from toolchain.errors import InputDataError, UsageError
+from toolchain.methods import COMPARED
+from toolchain.models.family import family_for, read_config
+from toolchain.quantize import kept_parameters
+from toolchain.values import Sample
+
+KEYS = {"method", "bits", "bytes", "kl", "kl_low", "kl_high", "accuracy", "seconds"}  # DESIGN section 8
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_manifest) -> tuple[list[Sample], list[Sample]]:
+    """(calibration, evaluation): three pictures each."""
+    found = read_manifest(tiny_manifest)
+    return found[:3], found[3:]
+
+
+@pytest.fixture(scope="module")
+def manifests(tiny_manifest, tmp_path_factory) -> tuple[Path, Path]:
+    """Files of the same split, pictures named by their absolute paths."""
+    folder = tmp_path_factory.mktemp("split")
+    lines = [json.loads(line) for line in tiny_manifest.read_text(encoding="utf-8").splitlines()]
+    for name, part in (("calib", lines[:3]), ("data", lines[3:])):
+        named = [line | {"image": str(tiny_manifest.parent / line["image"])} for line in part]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named), encoding="utf-8")
+    return folder / "calib.jsonl", folder / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_qwen2_vl, samples):
+    return compare_methods(tiny_qwen2_vl, *samples, bits=[2.0, 3.0], methods=["rtn", "gptq", "vptq"])
+
+
+def test_full_precision_comes_first(rows, tiny_qwen2_vl):
+    first = rows[0]
+    assert (first["method"], first["kl"], first["kl_low"], first["kl_high"]) == ("fp", 0.0, 0.0, 0.0)
+    assert first["bits"] == 16
+    assert first["bytes"] == 2 * sum(p.numel() for p in load_model(tiny_qwen2_vl).parameters())
+
+
+def test_a_row_for_every_method_and_average(rows):
+    asked = [(average, method) for average in (2.0, 3.0) for method in ("rtn", "gptq", "vptq")]
+    assert [(row["requested_bits"], row["method"]) for row in rows[1:]] == asked
+    for row in rows:
+        assert set(row) >= KEYS
+        assert 0 <= row["accuracy"] <= 1
+        assert row["kl_low"] <= row["kl"] <= row["kl_high"]
+    json.dumps(rows)
+
+
+def test_all_are_counted_alike(rows):
+    for average in (2.0, 3.0):
+        same = [row for row in rows if row["requested_bits"] == average]
+        assert len({(row["bits"], row["language_bits"], row["bytes"], row["index_bits"]) for row in same}) == 1
+        assert same[0]["index_bits"] == pytest.approx(average, abs=0.05)
+        assert same[0]["bits"] > average
+
+
+def test_more_bits_and_feedback_come_nearer(rows):
+    kl = {(row["method"], row["requested_bits"]): row["kl"] for row in rows}
+    for method in ("rtn", "gptq", "vptq"):
+        assert kl[method, 3.0] < kl[method, 2.0]
+    errors = {row["method"]: sum(x["relative_error"] for x in row["layers"]) for row in rows[1:4]}
+    assert errors["gptq"] < errors["rtn"]
+    assert errors["vptq"] < errors["rtn"]
+
+
+def test_the_same_seed_gives_the_same_rows(rows, tiny_qwen2_vl, samples):
+    again = compare_methods(tiny_qwen2_vl, *samples, bits=2.0, methods=["vptq"])
+    expected = next(row for row in rows if row["method"] == "vptq")
+    assert {k: v for k, v in again[1].items() if k != "seconds"} == {
+        k: v for k, v in expected.items() if k != "seconds"
+    }
+
+
+def test_another_family(tiny_internvl, samples):
+    rows = compare_methods(tiny_internvl, *samples, bits=2.0, methods=["vptq", "nearest"])
+    assert len({row["bytes"] for row in rows[1:]}) == 1
+    assert all(0 < row["kl"] < 20 for row in rows[1:])
+
+
+def test_answers_are_asked_token_by_token(tiny_qwen2_vl, samples):
+    """Against the whole forward pass: every token of the answer and the stop token, at the position before it."""
+    model, sample = load_model(tiny_qwen2_vl), samples[1][0]
+    processor = family_for(read_config(tiny_qwen2_vl)).load_processor(tiny_qwen2_vl)
+    found = answer_log_probabilities(model, processor, sample)
+    inputs = processor.model_inputs(sample, with_answer=True)
+    prompt = processor.model_inputs(sample)["input_ids"].shape[1]
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits[0, prompt - 1 : -1].log_softmax(dim=-1)
+    assert inputs["input_ids"][0, -1] in processor.host.stop_ids
+    torch.testing.assert_close(found, expected)
+
+
+def test_decoded_weights_are_put_where_they_belong(tiny_qwen2_vl, samples):
+    found = quantize_dense(tiny_qwen2_vl, samples[0], method=COMPARED["vptq"], bits=2.0)
+    dense = load_model(tiny_qwen2_vl)
+    for layer in found.plan.layers:
+        before, after = (model.get_parameter(f"{layer.name}.weight").detach() for model in (dense, found.model))
+        assert 0 < float((before - after).norm()) < float(before.norm())
+    for name in found.plan.kept:
+        assert torch.equal(found.model.get_parameter(name), dense.get_parameter(name))
+    assert torch.equal(found.model.lm_head.weight, found.model.get_input_embeddings().weight)
+    assert [x.name for x in found.layers] == [x.name for x in found.layers if 0 < x.relative_error < 1]
+
+
+def test_bytes_of_groups_are_counted_as_the_format_counts(tiny_qwen2_vl):
+    config = read_config(tiny_qwen2_vl)
+    specs, model = family_for(config).layers(config), load_model(tiny_qwen2_vl)
+    plan = plan_bits(specs, kept_parameters(model, specs), bits=2.5)
+    sizes: dict[str, int] = {}
+    for layer in plan.layers:
+        if not layer.tied_to:
+            table = 0 if layer.group in sizes else layer.vq_code.table_bytes
+            sizes[layer.group] = sizes.get(layer.group, 0) + table + layer.codes_bytes + layer.scales_bytes
+    assert dense_bits(plan, sizes) == real_bits(plan)
+
+
+def refuse(error, words, *arguments, **changes):
+    with pytest.raises(error, match=words):
+        compare_methods(*arguments, **({"bits": 2.0, "methods": ["rtn"]} | changes))
+
+
+def test_what_cannot_be_compared_is_refused(tiny_qwen2_vl, samples):
+    calibration, evaluation = samples
+    both = (tiny_qwen2_vl, calibration, evaluation)
+    refuse(UsageError, "'awq' is not known; compare any of mgvq, .*, vptq", *both, methods=["rtn", "awq"])
+    refuse(UsageError, "'rtn' is named twice", *both, methods=["rtn", "gptq", "rtn"])
+    refuse(UsageError, "no method to compare", *both, methods=[])
+    refuse(UsageError, "bits 9: expected", *both, bits=[2.0, 9.0])
+    shared = [*evaluation, calibration[1]]
+    refuse(InputDataError, "same bytes as calibration picture", tiny_qwen2_vl, calibration, shared)
+    refuse(InputDataError, "does not exist", tiny_qwen2_vl / "nowhere", calibration, evaluation)
+
+
+def test_samples_without_answers_are_refused(samples):
+    image = samples[0][0].image
+    with pytest.raises(InputDataError, match=r'sample 2 .* has no "answer"'):
+        check_answers([Sample(image, "?", "x"), Sample(image, "?")])
+    with pytest.raises(InputDataError, match="found none"):
+        check_answers([])
+
+
+def points(svg: str) -> list:
+    return [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("polyline")]
+
+
+def test_the_plot_shows_every_method(rows):
+    svg = plot_rows(rows)
+    assert [len(e.get("points").split()) for e in points(svg)] == [2, 2, 2]
+    assert all(f">{name}</text>" in svg for name in ("rtn", "gptq", "vptq"))
+    assert "fp" not in svg
+
+
+def test_lower_divergence_is_lower_in_the_plot():
+    row = {"bits": 2.2, "kl_low": 0.0, "kl_high": 1.0}
+    svg = plot_rows([row | {"method": "<a>", "kl": 0.5}, row | {"method": "b", "kl": 0.01}])
+    heights = [float(e.get("points").split(",")[1]) for e in points(svg)]
+    assert heights[0] < heights[1]
+    assert "&lt;a&gt;" in svg
+
+
+def test_a_plot_of_nothing_says_so():
+    svg = plot_rows([{"method": "fp", "bits": 16, "kl": 0.0, "kl_low": 0.0, "kl_high": 0.0}])
+    assert "no row has a divergence" in svg
+    assert points(svg) == []
+
+
+def test_the_verb_writes_what_it_prints(capsys, tiny_qwen2_vl, manifests, tmp_path):
+    calib, data = (str(path) for path in manifests)
+    arguments = ["compare", "-m", str(tiny_qwen2_vl), "--calib", calib, "--data", data, "--methods", "rtn,nearest"]
+    out = tmp_path / "out"
+    assert main([*arguments, "--samples", "2", "-o", str(out), "--format", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in printed["rows"]] == ["fp", "rtn", "nearest"]
+    assert printed["questions"] == 2
+    assert json.loads((out / "compare.json").read_text(encoding="utf-8")) == printed
+    assert len(points((out / "compare.svg").read_text(encoding="utf-8"))) == 2
+    assert main([*arguments, "-o", str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_the_verb_prints_a_table(capsys, tiny_qwen2_vl, manifests):
+    calib, data = (str(path) for path in manifests)
+    arguments = ["compare", "-m", str(tiny_qwen2_vl), "--calib", calib, "--data", data, "--methods", "rtn"]
+    assert main([*arguments, "--samples", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "method"
+    assert [line.split()[0] for line in lines[1:]] == ["fp", "rtn"]
+    assert main([*arguments, "--bits", "two"]) == 2
+    assert "--bits 'two': expected numbers" in capsys.readouterr().err
+
+
+def test_eval_measures_the_divergence_from_a_reference(capsys, tiny_qwen2_vl, manifests):
+    arguments = ["eval", "-m", str(tiny_qwen2_vl), "--data", str(manifests[1]), "--format", "json"]
+    assert main([*arguments, "--max-new-tokens", "2"]) == 0
+    assert "kl" not in json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--max-new-tokens", "2", "--reference", str(tiny_qwen2_vl)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kl"], found["kl_low"], found["kl_high"]) == (0.0, 0.0, 0.0)

@@ -1,0 +1,139 @@
+"""A model quantized block by block by a method whose codes no checkpoint can hold: decoded weights, and bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from toolchain.baselines.compared import ComparedMethod
+from toolchain.bitplan import KEPT_BYTES, BitCount, part_of_kept
+from toolchain.bitplan import plan as plan_bits
+from toolchain.calibration import CalibrationInput, calibration_inputs, collect_moments
+from toolchain.checkpoint import load_model
+from toolchain.errors import MgvqError
+from toolchain.models.family import family_for, read_config
+from toolchain.quantize import EMBEDDING_SHARE, LayerResult, Progress, group_generator, kept_parameters
+from toolchain.values import PARTS, BitPlan, LayerSpec, Sample, VQCode
+from toolchain.vq.weights import Options
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """What `quantize_dense` did. `model` is dense and holds the decoded weights; `bits` is counted as by
+    `bitplan.real_bits`, from the bytes the method says it needs.
+    """
+
+    model: nn.Module
+    plan: BitPlan
+    layers: tuple[LayerResult, ...]
+    bits: dict[str, BitCount]
+    seconds: float
+
+
+def quantize_dense(
+    folder: Path | str,
+    samples: list[Sample],
+    *,
+    method: ComparedMethod,
+    bits: float | None = 2.0,
+    overrides: Iterable[tuple[str, str]] = (),
+    seed: int = 0,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> DenseResult:
+    """The same line as `quantize.quantize_checkpoint`, in memory: each block sees what the blocks before it put out.
+
+    Raises:
+        UsageError, UnsupportedError, InputDataError: as there.
+    """
+    began = time.monotonic()
+    config = read_config(Path(folder))
+    family = family_for(config)
+    specs = family.layers(config)
+    model = load_model(folder)
+    plan = plan_bits(specs, kept_parameters(model, specs), bits=bits, overrides=overrides)
+    inputs = calibration_inputs(family.load_processor(Path(folder)), samples)
+    results: list[LayerResult] = []
+    sizes: dict[str, int] = {}
+    total = sum(not spec.tied_to for spec in specs)
+    for order in sorted({spec.order for spec in specs}):
+        step = [spec for spec in specs if spec.order == order and not spec.tied_to]
+        moments = _moments(model, inputs, step, specs)
+        for group in dict.fromkeys(spec.group for spec in step):
+            members = [spec for spec in step if spec.group == group]
+            code = VQCode.parse(plan.layer(members[0].name).code)
+            generator = group_generator(seed, group)
+            found, sizes[group] = _quantize_members(
+                model, members, moments[members[0].name], code, method, options or Options(), generator
+            )
+            for result in found:
+                results.append(result)
+                if progress:
+                    progress(result, len(results), total)
+    return DenseResult(model, plan, tuple(results), dense_bits(plan, sizes), time.monotonic() - began)
+
+
+def _moments(
+    model: nn.Module, inputs: list[CalibrationInput], step: list[LayerSpec], specs: tuple[LayerSpec, ...]
+) -> dict[str, Tensor]:
+    """Layer name → H float32[n, n]. An embedding's is the identity, half of it the head's where they are tied."""
+    heads = {spec.tied_to: spec for spec in specs if spec.tied_to}
+    asked = [spec for spec in step if spec.kind != "embedding"]
+    asked += [heads[spec.name] for spec in step if spec.kind == "embedding" and spec.name in heads]
+    collected = collect_moments(model, inputs, asked) if asked else {}
+    found = {}
+    for spec in step:
+        if spec.kind != "embedding":
+            found[spec.name] = collected[spec.name].second_moment
+            continue
+        found[spec.name] = torch.eye(spec.columns)
+        if spec.name in heads:
+            moment = collected[heads[spec.name].name].second_moment
+            mean = moment.diagonal().mean()
+            found[spec.name] = (1 - EMBEDDING_SHARE) * moment + EMBEDDING_SHARE * mean * found[spec.name]
+    return found
+
+
+def _quantize_members(
+    model: nn.Module,
+    members: list[LayerSpec],
+    moment: Tensor,
+    code: VQCode,
+    method: ComparedMethod,
+    options: Options,
+    generator: torch.Generator,
+) -> tuple[list[LayerResult], int]:
+    """Put the decoded weights of one group into the model; what came of its layers, and its bytes."""
+    began = time.monotonic()
+    parameters = [model.get_parameter(f"{spec.name}.weight") for spec in members]
+    try:
+        group = method([p.detach().flatten(1).float() for p in parameters], moment, code, options, generator)
+    except MgvqError as error:
+        raise type(error)(f"layer {members[0].name}: {error}") from error
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, group.weights):
+            parameter.copy_(weight.reshape(parameter.shape))  # in place: what is tied to it changes with it
+    seconds = time.monotonic() - began
+    relative = [e / r if r > 0 else 0.0 for e, r in zip(group.errors, group.references)]
+    return [LayerResult(s.name, s.part, str(code), x, seconds) for s, x in zip(members, relative)], group.bytes
+
+
+def dense_bits(plan: BitPlan, sizes: dict[str, int]) -> dict[str, BitCount]:
+    """Part → cost and "total", as `bitplan.real_bits`, where `sizes` are the bytes of each group's stored form."""
+    kept = dict.fromkeys(PARTS, 0)
+    for name, count in plan.kept.items():
+        kept[part_of_kept(name, plan.layers)] += count
+    counts = {}
+    for part in PARTS:
+        stored = [layer for layer in plan.layers if layer.part == part and not layer.tied_to]
+        if stored or kept[part]:
+            weights = sum(layer.rows * layer.columns for layer in stored) + kept[part]
+            size = sum(sizes[group] for group in {layer.group for layer in stored}) + KEPT_BYTES * kept[part]
+            counts[part] = BitCount(plan.index_bits((part,)), 8 * size / weights, size, weights)
+    weights, size = (sum(getattr(c, key) for c in counts.values()) for key in ("weights", "bytes"))
+    return counts | {"total": BitCount(plan.index_bits(), 8 * size / weights, size, weights)}
