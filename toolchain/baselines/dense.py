@@ -21,6 +21,12 @@ from toolchain.quantize import EMBEDDING_SHARE, LayerResult, Progress, group_gen
 from toolchain.values import PARTS, BitPlan, LayerSpec, Sample, VQCode
 from toolchain.vq.weights import Options
 
+# Rows of these are tokens: their order says nothing, and those of rare tokens can be far larger than those of common
+# ones. Methods that code neighbouring rows together get them sorted by size, and pay for it. VPTQ-style on the built-in
+# model, 437 of whose 512 tokens never occur and have the largest rows, at 2 bits: KL 0.252 unsorted (seed 0), 0.020,
+# 0.039 and 0.054 sorted (seeds 0, 1, 2).
+TOKEN_PARTS = ("embedding", "head")
+
 
 @dataclass(frozen=True)
 class DenseResult:
@@ -111,16 +117,25 @@ def _quantize_members(
     """Put the decoded weights of one group into the model; what came of its layers, and its bytes."""
     began = time.monotonic()
     parameters = [model.get_parameter(f"{spec.name}.weight") for spec in members]
+    weights = [p.detach().flatten(1).float() for p in parameters]
+    sorts = members[0].part in TOKEN_PARTS
+    orders = [w.norm(dim=1).argsort(stable=True) if sorts else torch.arange(len(w)) for w in weights]
     try:
-        group = method([p.detach().flatten(1).float() for p in parameters], moment, code, options, generator)
+        group = method([w[order] for w, order in zip(weights, orders)], moment, code, options, generator)
     except MgvqError as error:
         raise type(error)(f"layer {members[0].name}: {error}") from error
     with torch.no_grad():
-        for parameter, weight in zip(parameters, group.weights):
-            parameter.copy_(weight.reshape(parameter.shape))  # in place: what is tied to it changes with it
+        for parameter, weight, order in zip(parameters, group.weights, orders):
+            parameter.copy_(weight[order.argsort()].reshape(parameter.shape))  # in place: what is tied to it follows
+    size = group.bytes + (sum(_order_bytes(len(w)) for w in weights) if sorts else 0)
     seconds = time.monotonic() - began
     relative = [e / r if r > 0 else 0.0 for e, r in zip(group.errors, group.references)]
-    return [LayerResult(s.name, s.part, str(code), x, seconds) for s, x in zip(members, relative)], group.bytes
+    return [LayerResult(s.name, s.part, str(code), x, seconds) for s, x in zip(members, relative)], size
+
+
+def _order_bytes(rows: int) -> int:
+    """Bytes of a permutation of the rows, each place in whole bytes: 2 up to 65,536 rows, 3 beyond."""
+    return rows * -(-max(1, rows - 1).bit_length() // 8)
 
 
 def dense_bits(plan: BitPlan, sizes: dict[str, int]) -> dict[str, BitCount]:
