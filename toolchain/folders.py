@@ -84,6 +84,15 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 def _read_object(path: Path, expected: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputDataError(f"{path} does not exist; {expected}")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputDataError: the file cannot be read, is not JSON, or holds something other than an object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from toolchain.errors import BudgetError, InputDataError
 from toolchain.evaluate import refuse_overlap
 from toolchain.folders import Checkpoint, open_checkpoint
 from toolchain.models.family import Family, chat_template, family_for, read_config, read_json
-from toolchain.planning import ModelPlan, plan_model
+from toolchain.planning import ModelPlan, parse_image, plan_model
 from toolchain.report import write_report
 from toolchain.report.data import report_data
 from toolchain.runfolder import RunFolder, StageResult
@@ -67,7 +67,7 @@ def check(settings: Settings) -> Checked:
         target,
         settings.quantize.bits,
         settings.plan.context,
-        _image(settings.plan.image),
+        parse_image(settings.plan.image),
         settings.budget_bytes,
         tuple(settings.quantize.codes.items()),
     )
@@ -75,13 +75,6 @@ def check(settings: Settings) -> Checked:
         advice = "; ".join(a.text for a in plan.advice) or "choose a larger target (mgvq targets)"
         raise BudgetError(f"{settings.model} does not fit {settings.target}: {plan.problems[0]}; {advice}")
     return Checked(settings, target, family, checkpoint, calibration, evaluation, plan)
-
-
-def _image(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, height = text.split("x")
-    return int(width), int(height)
 
 
 def run_line(checked: Checked, run: RunFolder, reporter: Reporter, baselines: Sequence[str] = ()) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import advice, bitplan, budget, roofline
+from toolchain.errors import UsageError
 from toolchain.models.family import family_for, read_config
 from toolchain.models.inventory import kept_elements
 from toolchain.target import Target
@@ -55,6 +56,20 @@ class ModelPlan:
         lines += [f"  advice: {a.text}" for a in self.advice]
         lines.append("largest that fits: " + ", ".join(f"{key} {value}" for key, value in self.largest.items()))
         return "\n".join(lines)
+
+
+def parse_image(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of "1280x720"; None of None.
+
+    Raises:
+        UsageError: not two positive whole numbers.
+    """
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UsageError(f"image {text!r}: expected WIDTHxHEIGHT in pixels, such as 1280x720")
+    return int(width), int(height)
 
 
 def plan_model(

@@ -20,6 +20,7 @@ from toolchain.folders import check_output, open_checkpoint, staged_folder
 from toolchain.install import install_layer, install_tables, link_shared, untie_dense
 from toolchain.methods import method_named
 from toolchain.models.family import family_for
+from toolchain.models.inventory import kept_parameters
 from toolchain.modules import vq_modules
 from toolchain.values import BitPlan, LayerPlan, LayerSpec, Sample, VQCode, write_json
 from toolchain.vq.weights import Method, Options, VQGroup
@@ -108,12 +109,6 @@ def quantize_checkpoint(
     return QuantizeResult(Path(out), method, plan, layers, real_bits(plan), time.monotonic() - began)
 
 
-def kept_parameters(model: nn.Module, specs: Iterable[LayerSpec]) -> dict[str, int]:
-    """Name → element count of every parameter that stays dense: norms, biases, whatever no spec names."""
-    quantized = {f"{spec.name}.weight" for spec in specs}
-    return {name: p.numel() for name, p in model.named_parameters() if name not in quantized}
-
-
 def _quantize_model(run: _Run, specs: tuple[LayerSpec, ...], progress: Progress | None) -> tuple[LayerResult, ...]:
     """Quantize every group in the order of the sweep, in place; the model holds linked quantized modules afterwards."""
     total = sum(not spec.tied_to for spec in specs)
@@ -154,13 +149,16 @@ def _moments_of_step(run: _Run, step: list[LayerSpec], specs: tuple[LayerSpec, .
 
 def _embedding_moment(run: _Run, spec: LayerSpec, specs: tuple[LayerSpec, ...]) -> Tensor:
     """H of an embedding: the identity, blended with what the head sees where the head uses the same codes."""
-    identity = torch.eye(spec.columns)
     heads = [other for other in specs if other.tied_to == spec.name]
     if not heads:
-        return identity
-    moment = collect_moments(run.model, run.inputs, heads)[heads[0].name].second_moment
-    mean = moment.diagonal().mean()
-    return (1 - EMBEDDING_SHARE) * moment + EMBEDDING_SHARE * mean * identity
+        return torch.eye(spec.columns)
+    return tied_moment(collect_moments(run.model, run.inputs, heads)[heads[0].name].second_moment)
+
+
+def tied_moment(moment: Tensor) -> Tensor:
+    """H float32[n, n] of a table that is head and embedding at once, from the second moment of the head's inputs."""
+    identity = torch.eye(len(moment))
+    return (1 - EMBEDDING_SHARE) * moment + EMBEDDING_SHARE * moment.diagonal().mean() * identity
 
 
 def group_generator(seed: int, group: str) -> torch.Generator:

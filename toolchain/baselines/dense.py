@@ -17,7 +17,8 @@ from toolchain.calibration import CalibrationInput, calibration_inputs, collect_
 from toolchain.checkpoint import load_model
 from toolchain.errors import MgvqError
 from toolchain.models.family import family_for, read_config
-from toolchain.quantize import EMBEDDING_SHARE, LayerResult, Progress, group_generator, kept_parameters
+from toolchain.models.inventory import kept_parameters
+from toolchain.quantize import LayerResult, Progress, group_generator, tied_moment
 from toolchain.values import PARTS, BitPlan, LayerSpec, Sample, VQCode
 from toolchain.vq.weights import Options
 
@@ -99,9 +100,7 @@ def _moments(
             continue
         found[spec.name] = torch.eye(spec.columns)
         if spec.name in heads:
-            moment = collected[heads[spec.name].name].second_moment
-            mean = moment.diagonal().mean()
-            found[spec.name] = (1 - EMBEDDING_SHARE) * moment + EMBEDDING_SHARE * mean * found[spec.name]
+            found[spec.name] = tied_moment(collected[heads[spec.name].name].second_moment)
     return found
 
 

@@ -49,12 +49,12 @@ class Progress:
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._stage, self._last, self._began = "", 0.0, time.monotonic()
+        self._last, self._began = 0.0, time.monotonic()
 
     def stage(self, title: str) -> None:
         """A new stage begins."""
         self._clear()
-        self._stage, self._last, self._began = title, time.monotonic(), time.monotonic()
+        self._last = self._began = time.monotonic()
         print(title, file=sys.stderr, flush=True)
 
     def step(self, done: int, total: int, what: str = "") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from toolchain.cli.common import (
     size,
     table,
 )
-from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError, UsageError
+from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError
 
 
 @app.command()
@@ -82,7 +81,7 @@ def plan(
     form: FormatOption = Format.text,
 ) -> None:
     """Say whether a model fits a board before anything is built, and what to turn down if not. Exit 5 when not."""
-    from toolchain.planning import plan_model
+    from toolchain.planning import parse_image, plan_model
     from toolchain.target import load_target
 
     board = load_target(target)
@@ -92,16 +91,6 @@ def plan(
         raise BudgetError(
             f"{model} does not fit {target}: {planned.problems[0]}; the advice above says what to turn down"
         )
-
-
-def parse_image(text: str | None) -> tuple[int, int] | None:
-    """(width, height) of "1280x720"."""
-    if text is None:
-        return None
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UsageError(f"--image {text!r}: expected WIDTHxHEIGHT in pixels, such as 1280x720")
-    return int(width), int(height)
 
 
 @app.command()
@@ -117,4 +106,4 @@ def inspect(
             f"{path} does not exist or is no folder; expected a run, a bundle or a quantized checkpoint"
         )
     data, text = inspect_folder(path)
-    emit(data, text if form is Format.text else json.dumps(data), form)
+    emit(data, text, form)

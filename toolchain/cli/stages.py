@@ -42,7 +42,7 @@ def quantize(
     calib: CalibOption,
     output: OutputOption,
     bits: BitsOption = 2.0,
-    method: Annotated[str, typer.Option(help="mgvq, nearest (plain codebook) or rtn (round to nearest).")] = "mgvq",
+    method: Annotated[str, typer.Option(help="mgvq, or a baseline: gptq, gptvq, nearest, rtn.")] = "mgvq",
     code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
     seed: SeedOption = 0,
     form: FormatOption = Format.text,

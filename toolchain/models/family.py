@@ -5,7 +5,6 @@ Questions about a checkpoint's config are answered without torch; questions abou
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.device.families import HOSTS, Host
 from toolchain.device.families.base import open_image
 from toolchain.errors import InputDataError, UnsupportedError
+from toolchain.folders import read_json
 from toolchain.values import LayerSpec, Sample
 
 if TYPE_CHECKING:
@@ -155,17 +155,6 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         raise InputDataError(f"checkpoint {folder} has no config.json; expected a transformers checkpoint folder")
     return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; InputDataError when it is something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputDataError(f"{path}: expected a JSON object ({error}); copy the file again") from None
-    if not isinstance(data, dict):
-        raise InputDataError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def image_settings(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""What a model is made of, from its config alone: every parameter that no quantized layer covers, by name."""
+"""What a model is made of, from its config or as loaded: every parameter that no quantized layer covers, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toolchain.errors import InputDataError
 from toolchain.values import LayerSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def kept_elements(folder: Path, specs: Sequence[LayerSpec]) -> dict[str, int]:
@@ -27,5 +31,10 @@ def kept_elements(folder: Path, specs: Sequence[LayerSpec]) -> dict[str, int]:
             model = AutoModelForImageTextToText.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputDataError(f"{folder / 'config.json'}: transformers cannot build this model ({error})") from error
+    return kept_parameters(model, specs)
+
+
+def kept_parameters(model: nn.Module, specs: Iterable[LayerSpec]) -> dict[str, int]:
+    """Name → element count of every parameter of a model, on any device, that no spec names."""
     covered = {f"{spec.name}.weight" for spec in specs}
     return {name: p.numel() for name, p in model.named_parameters() if name not in covered}
