@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from toolchain.geometry import ModelGeometry
+    from toolchain.models.orders import FreeOrder
 
 Config = dict[str, Any]
 
@@ -95,6 +96,13 @@ class Family(ABC):
     @abstractmethod
     def layers(self, config: Config) -> tuple[LayerSpec, ...]:
         """Every weight that can be quantized, in the order of the forward pass; from config.json alone."""
+
+    @abstractmethod
+    def free_orders(self, config: Config) -> tuple[FreeOrder, ...]:
+        """Every column order that can be folded into what produces the columns; from config.json alone.
+
+        The columns of every layer are in exactly one of them, those of the patch embedding (pixels) excepted.
+        """
 
     @abstractmethod
     def geometry(self, config: Config) -> ModelGeometry:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.device.images import CLIP_MEAN, CLIP_STD
 from toolchain.errors import UnsupportedError
 from toolchain.models import family as base
+from toolchain.models.orders import FreeOrder, Place, columns_of, decoder_orders, free_order, norm_of, rows_of
 from toolchain.models.qwen2_vl import decoder_profiles, decoder_settings
 from toolchain.values import LayerSpec
 
@@ -50,6 +51,14 @@ class InternVL(base.Family):
             full = f"{PROJECTOR}.{name}"
             specs.append(LayerSpec(full, "projector", "linear", hidden, columns, full, depth + 2, True))
         return (*specs, *base.decoder_layers(text, DECODER, depth + 3, biases), head)
+
+    def free_orders(self, config: base.Config) -> tuple[FreeOrder, ...]:
+        specs = {spec.name: spec for spec in self.layers(config)}
+        first, last = f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"
+        hidden = free_order(PROJECTOR, specs[last].columns, [columns_of(last)], rows_of(specs[first]))
+        text, embedding = base.text_config(config), f"{DECODER}.embed_tokens"
+        decoder = decoder_orders(text, specs, DECODER, embedding, "lm_head", feeder=last)
+        return (*_tower_orders(config["vision_config"], specs), hidden, *decoder)
 
     def geometry(self, config: base.Config) -> ModelGeometry:
         from toolchain.geometry import internvl_geometry
@@ -124,6 +133,42 @@ def _tokens_per_tile(config: base.Config) -> int:
 
 def _tower(name: str, kind: str, rows: int, columns: int, group: str | None, order: int, bias: bool) -> LayerSpec:
     return LayerSpec(f"{TOWER}.{name}", "vision", kind, rows, columns, f"{TOWER}.{group or name}", order, bias)
+
+
+def _tower_orders(vision: base.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
+    """The tower's residual stream, which the projector reads as neighbours side by side, then v and MLP a block."""
+    width, unit = vision["hidden_size"], vision["hidden_size"] // vision["num_attention_heads"]
+    neighbours = specs[f"{PROJECTOR}.linear_1"].columns // width
+    norm_has_bias = vision.get("norm_type", "layer_norm") == "layer_norm"
+    readers = [columns_of(f"{PROJECTOR}.linear_1", neighbours)]
+    producers = [*_stream_places(vision, specs), *norm_of(f"{PROJECTOR}.layer_norm", True, neighbours)]
+    inside = []
+    for index in range(vision["num_hidden_layers"]):
+        block = f"{TOWER}.encoder.layer.{index}"
+        attention, fc1, fc2 = f"{block}.attention", f"{block}.mlp.fc1", f"{block}.mlp.fc2"
+        proj = f"{attention}.projection_layer"
+        readers += [columns_of(layer) for layer in (*(f"{attention}.{x}_proj" for x in "qkv"), fc1)]
+        producers += [*rows_of(specs[proj]), *rows_of(specs[fc2])]
+        producers += [Place(f"{block}.lambda_1", 0), Place(f"{block}.lambda_2", 0)]
+        for norm in ("layernorm_before", "layernorm_after"):
+            producers += norm_of(f"{block}.{norm}", norm_has_bias)
+        values = rows_of(specs[f"{attention}.v_proj"])
+        inside.append(free_order(attention, width, [columns_of(proj)], values, unit))
+        inside.append(free_order(f"{block}.mlp", specs[fc2].columns, [columns_of(fc2)], rows_of(specs[fc1])))
+    return [free_order(f"{TOWER}.residual", width, readers, producers), *inside]
+
+
+def _stream_places(vision: base.Config, specs: dict[str, LayerSpec]) -> list[Place]:
+    """What starts and ends the tower's residual stream; which of it exists is the config's choice."""
+    embeddings = f"{TOWER}.embeddings"
+    places = [*rows_of(specs[f"{embeddings}.patch_embeddings.projection"]), Place(f"{embeddings}.cls_token", 2)]
+    if vision.get("use_absolute_position_embeddings", True):
+        places.append(Place(f"{embeddings}.position_embeddings", 2))
+    if vision.get("use_mask_token", False):
+        places.append(Place(f"{embeddings}.mask_token", 2))
+    if not vision.get("use_mean_pooling", True):
+        places += norm_of(f"{TOWER}.layernorm", True)
+    return places
 
 
 def _vision_spec(model) -> base.GraphSpec:

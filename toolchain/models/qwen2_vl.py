@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.device.images import CLIP_MEAN, CLIP_STD
 from toolchain.models import family as base
+from toolchain.models.orders import FreeOrder, columns_of, decoder_orders, free_order, norm_of, rows_of
 from toolchain.values import LayerSpec
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ class Qwen2VL(base.Family):
         specs.append(_part("merger.mlp.2", "projector", "linear", vision["hidden_size"], merged, depth + 2, True))
         specs += base.decoder_layers(text, DECODER, depth + 3, biases=True)
         return (*specs, head)
+
+    def free_orders(self, config: base.Config) -> tuple[FreeOrder, ...]:
+        specs = {spec.name: spec for spec in self.layers(config)}
+        merger = f"{TOWER}.merger.mlp"
+        hidden = free_order(
+            merger, specs[f"{merger}.2"].columns, [columns_of(f"{merger}.2")], rows_of(specs[f"{merger}.0"])
+        )
+        text, embedding = base.text_config(config), f"{DECODER}.embed_tokens"
+        decoder = decoder_orders(text, specs, DECODER, embedding, "lm_head", feeder=f"{merger}.2")
+        return (*_tower_orders(_vision(config), specs), hidden, *decoder)
 
     def geometry(self, config: base.Config) -> ModelGeometry:
         from toolchain.geometry import qwen2_vl_geometry
@@ -157,6 +168,28 @@ def _vision(config: base.Config) -> base.Config:
 def _part(name: str, part: str, kind: str, rows: int, columns: int, order: int, bias: bool) -> LayerSpec:
     full = f"{TOWER}.{name}"
     return LayerSpec(full, part, kind, rows, columns, full, order, bias)
+
+
+def _tower_orders(vision: base.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
+    """The tower's residual stream, which the merger reads as neighbours side by side, then v/proj and MLP a block."""
+    width, unit = vision["embed_dim"], vision["embed_dim"] // vision["num_heads"]
+    neighbours = vision["spatial_merge_size"] ** 2
+    readers = [columns_of(f"{TOWER}.merger.mlp.0", neighbours)]
+    producers = [*rows_of(specs[f"{TOWER}.patch_embed.proj"]), *norm_of(f"{TOWER}.merger.ln_q", True)]
+    inside = []
+    for index in range(vision["depth"]):
+        block = f"{TOWER}.blocks.{index}"
+        qkv, proj, fc1, fc2 = (f"{block}.{x}" for x in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+        readers += [columns_of(qkv), columns_of(fc1)]
+        for layer in (proj, fc2):
+            producers += rows_of(specs[layer])
+        for norm in ("norm1", "norm2"):
+            producers += norm_of(f"{block}.{norm}", True)
+        # The fused rows are q, k and v; only the last third is free.
+        values = rows_of(specs[qkv], start=2 * width)
+        inside.append(free_order(f"{block}.attn", width, [columns_of(proj)], values, unit))
+        inside.append(free_order(f"{block}.mlp", specs[fc2].columns, [columns_of(fc2)], rows_of(specs[fc1])))
+    return [free_order(f"{TOWER}.residual", width, readers, producers), *inside]
 
 
 def _vision_spec(model) -> base.GraphSpec:
