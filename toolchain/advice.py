@@ -10,11 +10,10 @@ from typing import Any
 from toolchain.budget import MemoryPlan, Workload, mib, plan_memory
 from toolchain.geometry import ModelGeometry
 from toolchain.target import Target
-from toolchain.values import CODES, PLAIN_CODE_NAMES, BitPlan
+from toolchain.values import CODES, PLAIN_CODE_NAMES, BitPlan, VQCode
 
 MAX_SIDE = 8192
 MIN_CONTEXT, MAX_CONTEXT = 64, 1 << 20
-_SMALLEST = min((CODES[name] for name in PLAIN_CODE_NAMES), key=lambda code: code.index_bits)
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,16 @@ def largest_bits(plan: BitPlan, geometry: ModelGeometry, target: Target, workloa
     """Index bits of the finest single code for all layers that fits; 0 if none does."""
     fitting = [
         code.index_bits
-        for code in CODES.values()
+        for code in codes_to_choose(plan)
         if plan_memory(with_code(plan, str(code)), geometry, target, workload).fits
     ]
     return max(fitting, default=0.0)
+
+
+def codes_to_choose(plan: BitPlan) -> tuple[VQCode, ...]:
+    """The codes its method can make: plain ones, and those with overlapping windows if the plan has any such code."""
+    overlapping = any(layer.vq_code.window > layer.vq_code.shift for layer in plan.layers)
+    return tuple(CODES.values()) if overlapping else tuple(CODES[name] for name in PLAIN_CODE_NAMES)
 
 
 def with_code(plan: BitPlan, code: str) -> BitPlan:
@@ -80,7 +85,8 @@ def advise(plan: BitPlan, geometry: ModelGeometry, target: Target, memory: Memor
     workload = memory.workload
     smaller = _smaller_image(plan, geometry, target, workload)
     shorter = _other_context(plan, geometry, target, workload)
-    coarser = with_code(plan, str(_SMALLEST))
+    smallest = min(codes_to_choose(plan), key=lambda code: (code.index_bits, code.table_bytes))
+    coarser = with_code(plan, str(smallest))
     found = []
     if smaller.image != workload.image and smaller.image:
         found.append(_advice("image", "{}x{}".format(*smaller.image), plan_memory(plan, geometry, target, smaller)))
@@ -90,11 +96,11 @@ def advise(plan: BitPlan, geometry: ModelGeometry, target: Target, memory: Memor
         )
     if coarser.index_bits() < plan.index_bits():
         result = plan_memory(coarser, geometry, target, workload)
-        found.append(_advice("bits", f"{_SMALLEST.index_bits:g} bits in every layer", result))
+        found.append(_advice("bits", f"{smallest.index_bits:g} bits in every layer", result))
     if not any(advice.fits for advice in found):
         tight = _other_context(coarser, geometry, target, _smaller_image(coarser, geometry, target, workload))
         picture = "{}x{}".format(*tight.image) if tight.image else "no picture"
-        to = f"{_SMALLEST.index_bits:g} bits, {picture}, {tight.context_tokens} tokens"
+        to = f"{smallest.index_bits:g} bits, {picture}, {tight.context_tokens} tokens"
         found.append(_advice("bits, image and context", to, plan_memory(coarser, geometry, target, tight)))
     if not any(advice.fits for advice in found):
         least = mib(found[-1].peak_bytes)

@@ -1,4 +1,4 @@
-"""Which code every layer gets, and what that costs in bits and bytes. Standard library only."""
+"""Which code every layer gets, and what that costs in bits and bytes. No framework."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from toolchain.bit_allocation import (
+    OVERLAPPING_BY_BITS,
+    Group,
+    Losses,
+    codes_for_average,
+    codes_for_bytes,
+    codes_for_losses,
+    modelled_losses,
+)
 from toolchain.errors import UsageError
 from toolchain.values import CODE_NAMES, CODES, PARTS, BitPlan, LayerPlan, LayerSpec
 
@@ -18,10 +27,6 @@ DEFAULT_CODES = {
     "embedding": "2,6,6",
     "head": "2,6,6",
 }
-CODES_BY_BITS: dict[float, str] = {2: "4,8,8", 3: "2,6,6", 4: "2,8,8"}
-# The same bits and less error for a longer search.
-OVERLAPPING_BY_BITS: dict[float, str] = {2: "2,4,8", 3: "2,6,8", 4: "2,8,9"}
-LOWEST_BITS, HIGHEST_BITS = 2.0, 4.0
 KEPT_BYTES = 2  # a tensor that stays is stored in 16 bits
 
 
@@ -44,53 +49,82 @@ def plan(
     kept: Mapping[str, int],
     *,
     bits: float | None = None,
+    budget_bytes: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
     sensitivity: Mapping[str, float] | None = None,
+    losses: Losses | None = None,
     overlapping: bool = False,
 ) -> BitPlan:
     """A code for every layer; layers of a group, and a layer and what it is tied to, share code and table.
 
-    Without `bits` every part has its default. With it, index bits averaged over the stored quantized weights stay at
-    or below `bits`: all groups start at 2 bits and the upgrade that takes most loss per bit is bought while it fits,
-    the loss at b bits taken as sensitivity · 4⁻ᵇ. A group without a sensitivity counts as an average one of its size;
-    among equals the smallest goes first, so that as many layers as possible are raised.
+    With neither `bits` nor `budget_bytes` every part has its default. With `losses` every group gets the one of its
+    codes that makes the losses' sum the least within either (`vq.allocate`). Without them the loss at b bits is taken
+    as sensitivity · 4⁻ᵇ, an average one where a group has none; under `bits` it is then bought down greedily and all
+    that fits is bought.
 
     Args:
         kept: name → element count of every tensor that stays in 16 bits.
+        bits: most index bits, averaged over the stored quantized weights.
+        budget_bytes: most bytes of the whole model as `real_bits` counts them: padded codes, tables, scales, and what
+            stays in 16 bits.
         overrides: (glob pattern of layer names, code "V,k,L"); the last that matches wins.
         sensitivity: group → loss at 2 bits, in any one unit.
-        overlapping: codes with overlapping windows wherever no override names one.
+        losses: group → code → loss, in any one unit; every group that no override fixes chooses among its codes.
+        overlapping: codes with overlapping windows wherever neither an override nor losses name one.
 
     Raises:
-        UsageError: bits out of range, a pattern that matches nothing or splits a group, an unknown code, or overrides
-            that alone exceed `bits`.
+        UsageError: both bits and budget_bytes, both sensitivity and losses, or one of these with nothing to plan for;
+            bits out of range or less than overrides and losses allow; a pattern that matches nothing or splits a
+            group; an unknown code or group.
+        BudgetError: even the smallest codes exceed `budget_bytes`.
+        NumericGateError: a loss is negative or not finite.
     """
+    _check_request(bits, budget_bytes, sensitivity, losses)
     layers = tuple(specs)
-    groups = _groups(layers)
-    fixed = _overridden(layers, groups, tuple(overrides))
-    if bits is None:
-        wanted = {group: CODES[DEFAULT_CODES[members[0].part]].index_bits for group, members in groups.items()}
+    members = _groups(layers)
+    fixed = _overridden(layers, members, tuple(overrides))
+    groups = {name: Group(_stored_shapes(specs), fixed.get(name)) for name, specs in members.items()}
+    if budget_bytes is not None:
+        offered = modelled_losses(groups, sensitivity or {}, overlapping) if losses is None else losses
+        codes = codes_for_bytes(groups, offered, budget_bytes, KEPT_BYTES * sum(kept.values()))
+    elif bits is not None and losses is not None:
+        codes = codes_for_losses(groups, losses, bits)
+    elif bits is not None:
+        codes = codes_for_average(groups, bits, sensitivity or {}, overlapping)
     else:
-        wanted = _allocate(groups, fixed, bits, sensitivity or {})
-    by_bits = OVERLAPPING_BY_BITS if overlapping else CODES_BY_BITS
-    codes = {group: fixed.get(group) or by_bits[wanted[group]] for group in groups}
-    tables = {group: f"t{index}" for index, group in enumerate(groups)}
-    group_of = {spec.name: group for group, members in groups.items() for spec in members}
-    planned = tuple(
-        LayerPlan(
-            spec.name,
-            spec.part,
-            spec.kind,
-            spec.rows,
-            spec.columns,
-            spec.group,
-            codes[group_of[spec.name]],
-            tables[group_of[spec.name]],
-            spec.tied_to,
+        codes = {name: fixed.get(name) or _default_code(specs[0], overlapping) for name, specs in members.items()}
+    return BitPlan(_planned(layers, members, codes), dict(kept), bits)
+
+
+def _check_request(
+    bits: float | None, budget_bytes: int | None, sensitivity: Mapping[str, float] | None, losses: Losses | None
+) -> None:
+    if bits is not None and budget_bytes is not None:
+        raise UsageError(f"bits {bits:g} and a budget of {budget_bytes:,} bytes: a plan is made for one; leave one out")
+    if sensitivity is not None and losses is not None:
+        raise UsageError("sensitivity and losses both say what a code costs; give one of them")
+    if bits is None and budget_bytes is None and (sensitivity is not None or losses is not None):
+        raise UsageError("sensitivity and losses choose codes under a limit; give bits or budget_bytes with them")
+
+
+def _default_code(spec: LayerSpec, overlapping: bool) -> str:
+    plain = DEFAULT_CODES[spec.part]
+    return OVERLAPPING_BY_BITS[CODES[plain].index_bits] if overlapping else plain
+
+
+def _planned(
+    layers: tuple[LayerSpec, ...], members: dict[str, list[LayerSpec]], codes: dict[str, str]
+) -> tuple[LayerPlan, ...]:
+    """The layers with their groups' codes, and one table a group."""
+    group_of = {spec.name: name for name, specs in members.items() for spec in specs}
+    tables = {name: f"t{index}" for index, name in enumerate(members)}
+    planned = []
+    for spec in layers:
+        code, table = codes[group_of[spec.name]], tables[group_of[spec.name]]
+        planned.append(
+            LayerPlan(spec.name, spec.part, spec.kind, spec.rows, spec.columns, spec.group, code, table, spec.tied_to)
         )
-        for spec in layers
-    )
-    return BitPlan(planned, dict(kept), bits)
+    return tuple(planned)
 
 
 def _groups(layers: tuple[LayerSpec, ...]) -> dict[str, list[LayerSpec]]:
@@ -129,45 +163,8 @@ def _overridden(
     return fixed
 
 
-def _stored_weights(members: list[LayerSpec]) -> int:
-    return sum(spec.rows * spec.columns for spec in members if not spec.tied_to)
-
-
-def _allocate(
-    groups: dict[str, list[LayerSpec]], fixed: dict[str, str], bits: float, sensitivity: Mapping[str, float]
-) -> dict[str, float]:
-    """Group that no override fixes → its index bits, at most `bits` on average over all groups."""
-    if not LOWEST_BITS <= bits <= HIGHEST_BITS:
-        raise UsageError(
-            f"bits {bits:g}: expected {LOWEST_BITS:g} to {HIGHEST_BITS:g} for now, "
-            f"the range that the codes {' '.join(CODES_BY_BITS.values())} span; an override may name any code"
-        )
-    weights = {group: _stored_weights(members) for group, members in groups.items()}
-    allowed = bits * sum(weights.values()) + 1e-6
-    spent = sum(weights[g] * (CODES[fixed[g]].index_bits if g in fixed else LOWEST_BITS) for g in groups)
-    if spent > allowed:
-        average = spent / sum(weights.values())
-        raise UsageError(f"bits {bits:g}: the overrides alone come to {average:.3f}; ask for more, or override less")
-    per_weight = _loss_per_weight(weights, sensitivity)
-    level: dict[str, float] = {group: LOWEST_BITS for group in groups if group not in fixed}
-    order = {group: index for index, group in enumerate(groups)}
-    while True:
-        open_groups = [g for g in level if level[g] + 1 in CODES_BY_BITS and spent + weights[g] <= allowed]
-        if not open_groups:
-            break
-        best = max(open_groups, key=lambda g: (per_weight[g] / 4 ** level[g], -weights[g], -order[g]))
-        level[best] += 1
-        spent += weights[best]
-    return level
-
-
-def _loss_per_weight(weights: dict[str, int], sensitivity: Mapping[str, float]) -> dict[str, float]:
-    unknown = sorted(set(sensitivity) - set(weights))
-    if unknown:
-        raise UsageError(f"sensitivity names groups that the model lacks: {', '.join(unknown[:3])}")
-    known = [sensitivity[group] / weights[group] for group in sensitivity]
-    average = sum(known) / len(known) if known else 1.0
-    return {group: sensitivity[group] / weights[group] if group in sensitivity else average for group in weights}
+def _stored_shapes(specs: list[LayerSpec]) -> tuple[tuple[int, int], ...]:
+    return tuple((spec.rows, spec.columns) for spec in specs if not spec.tied_to)
 
 
 def part_of_kept(name: str, layers: Iterable[LayerPlan]) -> str:

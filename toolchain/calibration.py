@@ -87,10 +87,13 @@ def _check_image(image: Path, where: str) -> None:
 
 @dataclass(frozen=True)
 class CalibrationInput:
-    """One forward pass: the model's keyword arguments (batch of 1); which positions hold picture features, bool[S]."""
+    """One forward pass: the model's keyword arguments (batch of 1); which positions hold picture features, bool[S]; how
+    many of the last tokens are the answer, its stop token included (0 where the line has none).
+    """
 
     tensors: dict[str, Tensor]
     is_image: Tensor
+    answer_tokens: int = 0
 
 
 def calibration_inputs(processor, samples: Iterable[Sample]) -> list[CalibrationInput]:
@@ -98,7 +101,8 @@ def calibration_inputs(processor, samples: Iterable[Sample]) -> list[Calibration
     found = []
     for sample in samples:
         tensors = processor.model_inputs(sample, with_answer=True)
-        found.append(CalibrationInput(tensors, processor.is_image(tensors["input_ids"])[0]))
+        answer_tokens = len(processor.host.encode(sample.answer)) + 1 if sample.answer else 0
+        found.append(CalibrationInput(tensors, processor.is_image(tensors["input_ids"])[0], answer_tokens))
     return found
 
 

@@ -11,22 +11,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from toolchain.baselines import rotated
+from toolchain.baselines.compared import ComparedMethod
 from toolchain.baselines.dense import quantize_dense
 from toolchain.bitplan import BitCount
 from toolchain.bitplan import plan as plan_bits
-from toolchain.checkpoint import load_any, load_model, load_quantized, open_checkpoint
-from toolchain.errors import InputDataError, UsageError
-from toolchain.evaluate import answer_all, refuse_overlap
+from toolchain.calibration import CalibrationInput, calibration_inputs
+from toolchain.checkpoint import load_model, load_quantized, open_checkpoint
+from toolchain.compare_rows import Measured, Pictures, full_precision_row, no_pair, pair_with, row_of
+from toolchain.errors import UsageError
+from toolchain.evaluate import (
+    answer_all,
+    check_answers,
+    divergences_from,
+    log_probabilities_of,
+    picture_clusters,
+    refuse_overlap,
+)
 from toolchain.folders import DTYPE_BYTES
-from toolchain.kl import Interval, bootstrap, log_probabilities, token_divergences
+from toolchain.layer_errors import layer_errors
 from toolchain.methods import COMPARED, METHODS
 from toolchain.models.family import Family, Processor, family_for, read_config
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded
 from toolchain.quantize import LayerResult, quantize_checkpoint
-from toolchain.values import Sample, sha256_file
+from toolchain.recipe import NAME as OURS
+from toolchain.recipe import parse_recipe
+from toolchain.values import LayerSpec, Sample
 
-FULL_PRECISION = "fp"
+# What no checkpoint can hold. GPTQ behind a rotation needs its activations rotated when the model runs.
+DENSE_METHODS: dict[str, ComparedMethod] = COMPARED | {"gptq-rotated": rotated.quantize_group}
+# They draw nothing: one seed says all.
+SEEDLESS = ("rtn", "gptq")
 
 
 class Reporter(Protocol):
@@ -60,104 +76,53 @@ class Quantized:
     seconds: float
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse names that are no methods, and names given twice.
+def is_known(name: str) -> bool:
+    """Whether a method of that name can be compared.
 
     Raises:
-        UsageError: saying which.
+        UsageError: it begins like one of ours and names parts that there are none of.
     """
-    known = [*METHODS, *COMPARED]
+    if name in METHODS or name in DENSE_METHODS:
+        return True
+    if not name.startswith(OURS):
+        return False
+    parse_recipe(name)
+    return True
+
+
+def check_methods(methods: Sequence[str], against: str | None = None) -> str | None:
+    """The method that the others are held against: `against`, else the first of ours, None where there is none.
+
+    Raises:
+        UsageError: a name that is no method, one given twice, or `against` is not among them.
+    """
+    known = ", ".join([*METHODS, *DENSE_METHODS])
     for name in methods:
-        if name not in known:
-            raise UsageError(f"method {name!r} is not known; compare any of {', '.join(known)}")
+        if not is_known(name):
+            raise UsageError(f"method {name!r} is not known; compare any of {known}")
         if list(methods).count(name) > 1:
             raise UsageError(f"method {name!r} is named twice; name it once")
     if not methods:
-        raise UsageError(f"no method to compare; name some of {', '.join(known)}")
+        raise UsageError(f"no method to compare; name some of {known}")
+    if against is not None and against not in methods:
+        raise UsageError(f"against {against!r}: expected one of the methods compared, {', '.join(methods)}")
+    return against or next((name for name in methods if name.startswith(OURS)), None)
 
 
-def check_answers(samples: Sequence[Sample]) -> None:
-    """Refuse samples that the divergence of an answer cannot be measured on.
+@dataclass(frozen=True)
+class _Bench:
+    """What every method is measured with: the full-precision model, what it says, and the samples of both kinds."""
 
-    Raises:
-        InputDataError: no samples, or one without an answer.
-    """
-    if not samples:
-        raise InputDataError("evaluation manifest: expected at least one line, found none")
-    for number, sample in enumerate(samples, start=1):
-        if not sample.answer:
-            raise InputDataError(
-                f'evaluation manifest: sample {number} ({sample.image.name} {sample.prompt!r}) has no "answer" whose '
-                "tokens could be compared; add one to every line"
-            )
-
-
-def answer_log_probabilities(model: nn.Module, processor: Processor, sample: Sample) -> Tensor:
-    """float32[t, v]: what the model says at each token of the sample's answer, its stop token included, given the rest.
-
-    The answer is the manifest's, not the model's own, so that two models are asked about the same tokens.
-    """
-    inputs = processor.model_inputs(sample, with_answer=True)
-    tokens = len(processor.host.encode(sample.answer or "")) + 1
-    with torch.inference_mode():
-        # The last position says what follows the stop token; nothing does.
-        logits = model(**inputs, use_cache=False, logits_to_keep=tokens + 1).logits[0, :-1]
-    return log_probabilities(logits)
-
-
-def log_probabilities_of(
-    model: nn.Module, processor: Processor, samples: Sequence[Sample], progress: Callable[[int, int], None]
-) -> list[Tensor]:
-    """`answer_log_probabilities` of every sample: 4 · v bytes a token, held in memory."""
-    found = []
-    for sample in samples:
-        found.append(answer_log_probabilities(model, processor, sample))
-        progress(len(found), len(samples))
-    return found
-
-
-def checkpoint_log_probabilities(
-    folder: Path, processor: Processor, samples: Sequence[Sample], progress: Callable[[int, int], None]
-) -> list[Tensor]:
-    """`log_probabilities_of` the checkpoint in a folder, quantized or not, which is gone from memory afterwards.
-
-    Raises:
-        InputDataError: the checkpoint is broken, or a sample has no answer.
-    """
-    check_answers(samples)
-    model = load_any(folder)
-    with keep_decoded(model):
-        return log_probabilities_of(model, processor, samples, progress)
-
-
-def divergence_from(
-    reference: Sequence[Tensor],
-    model: nn.Module,
-    processor: Processor,
-    samples: Sequence[Sample],
-    seed: int,
-    progress: Callable[[int, int], None],
-) -> Interval:
-    """KL(reference ‖ model) in nats per answer token with its bootstrap interval, pictures as clusters.
-
-    Args:
-        reference: `log_probabilities_of` the reference model on the same samples.
-
-    Raises:
-        UsageError: the models have different vocabularies.
-    """
-    divergences = []
-    for expected, sample in zip(reference, samples, strict=True):
-        found = answer_log_probabilities(model, processor, sample)
-        if found.shape != expected.shape:
-            raise UsageError(
-                f"the reference model has a vocabulary of {expected.shape[-1]} tokens, this one of "
-                f"{found.shape[-1]}; compare a model with the checkpoint it was quantized from"
-            )
-        divergences.append(token_divergences(expected, found))
-        progress(len(divergences), len(samples))
-    pictures = {path: sha256_file(path) for path in {sample.image for sample in samples}}
-    return bootstrap(divergences, [pictures[sample.image] for sample in samples], seed)
+    folder: Path
+    family: Family
+    processor: Processor
+    specs: tuple[LayerSpec, ...]
+    calibration: list[Sample]
+    evaluation: list[Sample]
+    inputs: list[CalibrationInput]
+    dense: nn.Module
+    reference: list[Tensor]
+    report: Reporter
 
 
 def compare_methods(
@@ -166,13 +131,15 @@ def compare_methods(
     evaluation: list[Sample],
     bits: float | Sequence[float],
     methods: Sequence[str],
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
+    against: str | None = None,
     progress: Reporter | None = None,
 ) -> list[dict[str, Any]]:
     """One row for full precision ("fp", first), then one for every method at every average of index bits asked for.
 
-    Every method gets the same calibration samples, the same plan of bits, and its default options; models are quantized
-    one after the other into a temporary folder. A row:
+    Every method gets the same calibration samples and its default options; models are quantized one after the other
+    into a temporary folder. Figures of a row are means over the seeds, intervals 95 % bootstrap intervals over
+    pictures; a row:
 
         method            as asked for
         bits              real bits a weight over the model: codes, padding, tables, scales, and all that stays
@@ -181,93 +148,145 @@ def compare_methods(
         requested_bits    what was asked for; null for full precision
         bytes             of all weights as stored
         kl, kl_low, kl_high   KL(full precision ‖ method), nats per answer token of the manifest's answers, stop token
-                              included, and its 95 % bootstrap interval over pictures
+                              included
+        against           the method this row is held against at the same average; null where there is none
+        kl_ratio, kl_ratio_low, kl_ratio_high   this row's KL over that method's, both over the same drawn pictures;
+                              above 1 is worse; null where that method's KL is zero
+        kl_difference, kl_difference_low, kl_difference_high   this row's KL less that method's
         accuracy          share of greedy answers that equal the expected ones, 0 to 1
         seconds           quantization took
-        layers            [{name, part, code, relative_error}] on the calibration inputs
+        seeds             that it was quantized with; the first alone for methods that draw nothing
+        per_seed          [{seed, bits, language_bits, index_bits, bytes, kl, kl_low, kl_high, accuracy, seconds}]
+        layers            [{name, part, code, relative_error, error_text, error_image, error_both, tied_to}], the first
+                          error on the calibration inputs as the sweep met them, the rest by `layer_errors` on the
+                          evaluation inputs; null where there is none, as for the first of a tied head
 
     Args:
         model: folder of a float checkpoint.
         bits: as for `bitplan.plan`, or several of them.
-        seed: of the quantization and of the bootstrap.
+        seeds: of the quantization; the first of the bootstrap too.
+        against: the method the others are held against; the first of ours when absent.
 
     Raises:
         UsageError, UnsupportedError, InputDataError: before any work: a method or an average that is not possible,
             samples without answers, a picture that stands in both manifests.
     """
     averages = tuple(bits) if isinstance(bits, Sequence) else (bits,)
-    check_methods(methods)
-    folder, report = Path(model), progress or Silent()
-    config = read_config(folder)
-    family = family_for(config)
-    for average in averages:
-        plan_bits(family.layers(config), {}, bits=average)
+    against = check_methods(methods, against)
+    check_seeds(seeds)
+    folder = Path(model)
+    family = family_for(read_config(folder))
+    specs = family.layers(read_config(folder))
+    check_averages(specs, averages, methods)
     check_answers(evaluation)
     refuse_overlap(calibration, evaluation)
+    bench = _open(folder, family, specs, calibration, evaluation, progress or Silent())
+    pictures = Pictures(picture_clusters(evaluation), seeds[0])
+    rows = [_measure_full_precision(bench)]
+    for average in averages:
+        found = {
+            method: [_measure(bench, method, average, seed) for seed in (seeds[:1] if method in SEEDLESS else seeds)]
+            for method in methods
+        }
+        for method, measured in found.items():
+            pair = pair_with(against, found[against], measured, pictures) if against else no_pair()
+            rows.append(row_of(method, average, measured, pictures, pair))
+    return rows
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse no seeds at all, and a seed given twice.
+
+    Raises:
+        UsageError: saying which.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError(f"seeds {list(seeds)}: expected at least one, each once; such as 0,1,2")
+
+
+def check_averages(specs: Sequence[LayerSpec], averages: Sequence[float], methods: Sequence[str]) -> None:
+    """Refuse an average of index bits that some method has no codes for.
+
+    Raises:
+        UsageError: as `bitplan.plan`.
+    """
+    overlaps = {name.startswith(OURS) and parse_recipe(name).overlap for name in methods}
+    for average in averages:
+        for overlapping in overlaps:
+            plan_bits(specs, {}, bits=average, overlapping=overlapping)
+
+
+def _open(
+    folder: Path,
+    family: Family,
+    specs: tuple[LayerSpec, ...],
+    calibration: list[Sample],
+    evaluation: list[Sample],
+    report: Reporter,
+) -> _Bench:
     processor = family.load_processor(folder)
     report.stage(f"fp         {len(evaluation)} questions")
     dense = load_model(folder)
     reference = log_probabilities_of(dense, processor, evaluation, report.step)
-    rows = [_full_precision_row(folder) | {"accuracy": _accuracy(family, processor, dense, evaluation, report)}]
-    report.done(f"accuracy {100 * rows[0]['accuracy']:.1f} %")
-    del dense
-    for average in averages:
-        for method in methods:
-            report.stage(f"{method:<10} {average:g} index bits, {len(calibration)} samples")
-            found = _quantize(folder, calibration, method, average, seed, report)
-            with keep_decoded(found.model):
-                interval = divergence_from(reference, found.model, processor, evaluation, seed, report.step)
-                accuracy = _accuracy(family, processor, found.model, evaluation, report)
-            rows.append(_row(method, average, found, interval, accuracy))
-            report.done(f"KL {interval.mean:.4f} nats a token, accuracy {100 * accuracy:.1f} %")
-    return rows
+    inputs = calibration_inputs(processor, evaluation)
+    return _Bench(folder, family, processor, specs, calibration, evaluation, inputs, dense, reference, report)
 
 
-def _quantize(
-    folder: Path, calibration: list[Sample], method: str, bits: float, seed: int, report: Reporter
-) -> Quantized:
+def _measure_full_precision(bench: _Bench) -> dict[str, Any]:
+    tensors = open_checkpoint(bench.folder).tensors.values()
+    size = sum(info.elements * DTYPE_BYTES[info.dtype] for info in tensors)
+    accuracy = _accuracy(bench, bench.dense)
+    bench.report.done(f"accuracy {100 * accuracy:.1f} %")
+    return full_precision_row(8 * size / sum(info.elements for info in tensors), size, accuracy)
+
+
+def _measure(bench: _Bench, method: str, bits: float, seed: int) -> Measured:
+    """Quantize by a method with one seed, and ask the model everything that a row says."""
+    report, samples = bench.report, bench.evaluation
+    report.stage(f"{method:<10} {bits:g} index bits, seed {seed}, {len(bench.calibration)} samples")
+    found = _quantize(bench, method, bits, seed)
+    with keep_decoded(found.model):
+        divergences = divergences_from(bench.reference, found.model, bench.processor, samples, report.step)
+        accuracy = _accuracy(bench, found.model)
+        layers = _layers(bench, found)
+    mean = float(torch.cat(divergences).mean())
+    report.done(f"KL {mean:.4f} nats a token, accuracy {100 * accuracy:.1f} %")
+    return Measured(seed, found.bits, layers, found.seconds, accuracy, divergences)
+
+
+def _quantize(bench: _Bench, method: str, bits: float, seed: int) -> Quantized:
     """The model as the method leaves it, read back from the checkpoint where the format can hold it."""
 
     def step(layer: LayerResult, done: int, total: int) -> None:
-        report.step(done, total, layer.name)
+        bench.report.step(done, total, layer.name)
 
-    if method in COMPARED:
-        dense = quantize_dense(folder, calibration, method=COMPARED[method], bits=bits, seed=seed, progress=step)
+    folder, samples = bench.folder, bench.calibration
+    if method in DENSE_METHODS:
+        dense = quantize_dense(folder, samples, method=DENSE_METHODS[method], bits=bits, seed=seed, progress=step)
         return Quantized(dense.model, dense.bits, dense.layers, dense.seconds)
     with tempfile.TemporaryDirectory(prefix="mgvq-compare-") as temporary:
         out = Path(temporary) / method
-        result = quantize_checkpoint(folder, calibration, out, method=method, bits=bits, seed=seed, progress=step)
+        result = quantize_checkpoint(folder, samples, out, method=method, bits=bits, seed=seed, progress=step)
         return Quantized(load_quantized(out), result.bits, result.layers, result.seconds)
 
 
-def _accuracy(
-    family: Family, processor: Processor, model: nn.Module, samples: Sequence[Sample], report: Reporter
-) -> float:
-    return answer_all(processor.host, torch_graphs(family, model), samples, progress=report.step).accuracy
+def _layers(bench: _Bench, found: Quantized) -> tuple[dict[str, Any], ...]:
+    """`layers` of a row: the layers as they were quantized, then those whose codes are tied to one of them."""
+    errors = layer_errors(bench.dense, found.model, bench.inputs, bench.specs, _stepper(bench))
+    measured = {error.name: error.to_json() for error in errors}
+    tied_to = {spec.name: spec.tied_to for spec in bench.specs}
+    known = {layer.name: {k: v for k, v in asdict(layer).items() if k != "seconds"} for layer in found.layers}
+    for spec in bench.specs:
+        if spec.tied_to:
+            code = known[spec.tied_to]["code"]
+            known[spec.name] = {"name": spec.name, "part": spec.part, "code": code, "relative_error": None}
+    return tuple(layer | measured[name] | {"tied_to": tied_to[name]} for name, layer in known.items())
 
 
-def _full_precision_row(folder: Path) -> dict[str, Any]:
-    """Everything of the first row that needs no model: bits and bytes are those of the file."""
-    tensors = open_checkpoint(folder).tensors.values()
-    size = sum(info.elements * DTYPE_BYTES[info.dtype] for info in tensors)
-    bits = 8 * size / sum(info.elements for info in tensors)
-    none: dict[str, Any] = {"index_bits": None, "requested_bits": None, "seconds": 0.0, "layers": []}
-    costs = {"bits": bits, "language_bits": bits, "bytes": size}
-    return {"method": FULL_PRECISION} | costs | none | Interval(0.0, 0.0, 0.0).to_json()
+def _stepper(bench: _Bench) -> Callable[[int], None]:
+    return lambda done: bench.report.step(done, len(bench.inputs), "layer errors")
 
 
-def _row(method: str, requested: float, found: Quantized, kl: Interval, accuracy: float) -> dict[str, Any]:
-    total = found.bits["total"]
-    layers = [{k: v for k, v in asdict(layer).items() if k != "seconds"} for layer in found.layers]
-    return {
-        "method": method,
-        "bits": total.real,
-        "language_bits": found.bits["language"].real,
-        "index_bits": total.index,
-        "requested_bits": requested,
-        "bytes": total.bytes,
-        **kl.to_json(),
-        "accuracy": accuracy,
-        "seconds": found.seconds,
-        "layers": layers,
-    }
+def _accuracy(bench: _Bench, model: nn.Module) -> float:
+    graphs = torch_graphs(bench.family, model)
+    return answer_all(bench.processor.host, graphs, bench.evaluation, progress=bench.report.step).accuracy

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from toolchain.bit_allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS
 from toolchain.errors import InputDataError, UsageError
+from toolchain.recipe import NAME, parse_recipe
 
 
 class Section(BaseModel):
@@ -16,13 +19,39 @@ class Section(BaseModel):
 
 
 class QuantizeSettings(Section):
-    """How weights are coded. `bits` are index bits averaged over the quantized weights."""
+    """How weights are coded. `bits` are index bits averaged over the quantized weights; none where the budget decides.
 
-    method: Literal["mgvq", "nearest", "rtn"] = "mgvq"
-    bits: float = Field(2.0, ge=2.0, le=4.0)
+    `method` is mgvq with any of its parts off or on (`toolchain.recipe`), or a baseline that a checkpoint can hold.
+    """
+
+    method: str = "mgvq"
+    bits: float | None = Field(DEFAULT_BITS, ge=LOWEST_BITS, le=HIGHEST_BITS)
     codes: dict[str, str] = Field(default_factory=dict, description="module-name pattern → code V,k,L; last match wins")
     seed: int = 0
     samples: int | None = Field(None, gt=0, description="use the first N calibration lines; all when absent")
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            check_method(name)
+        except UsageError as error:
+            raise PydanticCustomError("method", "{reason}", {"reason": str(error)}) from None
+        return name
+
+
+def check_method(name: str) -> None:
+    """Refuse a name that is no method whose result a checkpoint can hold.
+
+    Raises:
+        UsageError: saying what there is.
+    """
+    if name.startswith(NAME):
+        parse_recipe(name)
+        return
+    from toolchain.methods import method_named  # torch, which only baselines need here
+
+    method_named(name)
 
 
 class PlanSettings(Section):
@@ -48,16 +77,25 @@ class Settings(Section):
     calib: Path
     data: Path | None = Field(None, description="evaluation manifest; accuracy is measured when given")
     target: str = "orin-nano-8gb"
-    budget_bytes: int | None = Field(None, gt=0, description="refuse when the whole model's weights are larger")
+    budget_bytes: int | None = Field(
+        None, gt=0, description="most bytes of all weights: without quantize.bits spent on bits, with them a limit"
+    )
     quantize: QuantizeSettings = QuantizeSettings()
     plan: PlanSettings = PlanSettings()
     validation: ValidateSettings = ValidateSettings()
+
+    @model_validator(mode="after")
+    def _says_how_large(self) -> Settings:
+        if self.quantize.bits is None and self.budget_bytes is None:
+            raise PydanticCustomError("size", "quantize.bits is null without a budget_bytes; give one of them")
+        return self
 
 
 def resolve(flags: dict[str, Any], assignments: list[str], file: Path | None) -> tuple[Settings, dict[str, str]]:
     """(settings, dotted key → where its value came from: "flag", "set", "file" or "default").
 
     `flags` holds dotted keys; None means the flag was not given. `assignments` are "a.b=c" strings, c in JSON or plain.
+    A budget without `quantize.bits` leaves those None, with the budget's origin: bits are then what it can hold.
 
     Raises:
         UsageError: an unknown key, a value of the wrong type, or a malformed assignment, named.
@@ -71,6 +109,8 @@ def resolve(flags: dict[str, Any], assignments: list[str], file: Path | None) ->
     for name, layer in layers:
         values |= layer
         origin |= dict.fromkeys(layer, name)
+    if values.get("budget_bytes") is not None and "quantize.bits" not in values:
+        values["quantize.bits"], origin["quantize.bits"] = None, origin["budget_bytes"]
     try:
         settings = Settings.model_validate(_nest(values))
     except ValidationError as error:

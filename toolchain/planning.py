@@ -11,6 +11,7 @@ from toolchain import advice, bitplan, budget, roofline
 from toolchain.errors import UsageError
 from toolchain.models.family import family_for, read_config
 from toolchain.models.inventory import kept_elements
+from toolchain.recipe import NAME, parse_recipe
 from toolchain.target import Target
 from toolchain.values import BitPlan
 
@@ -72,32 +73,82 @@ def parse_image(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
+def overlapping_codes(method: str) -> bool:
+    """Whether a method's codes have overlapping windows (`bitplan.plan`): MGVQ's unless told otherwise, no baseline's.
+
+    Raises:
+        UsageError: a recipe of mgvq that cannot be read.
+    """
+    return method.startswith(NAME) and parse_recipe(method).overlap
+
+
+def plan_formats(
+    folder: Path,
+    bits: float | None,
+    budget_bytes: int | None = None,
+    overrides: tuple[tuple[str, str], ...] = (),
+    overlapping: bool = False,
+) -> BitPlan:
+    """The codes of a checkpoint folder for an average, or for a budget where `bits` is None; only config.json is read.
+
+    With both, `budget_bytes` changes nothing: compare it with `bitplan.real_bits`.
+
+    Raises:
+        UsageError: as `bitplan.plan`.
+        BudgetError: bits is None and the smallest plan is larger than the budget.
+        UnsupportedError, InputDataError: the architecture is not known; config.json is missing or broken.
+    """
+    config = read_config(folder)
+    specs = family_for(config).layers(config)
+    return bitplan.plan(
+        specs,
+        kept_elements(folder, specs),
+        bits=bits,
+        budget_bytes=budget_bytes if bits is None else None,
+        overrides=list(overrides),
+        overlapping=overlapping,
+    )
+
+
+def over_budget(formats: BitPlan, budget_bytes: int | None) -> str | None:
+    """What is wrong with the size of a plan, None where it is within the budget or there is none."""
+    weights = bitplan.real_bits(formats)["total"].bytes
+    if budget_bytes is None or weights <= budget_bytes:
+        return None
+    return (
+        f"all weights take {weights:,} bytes, more than the budget of {budget_bytes:,}; leave --bits out to spend the "
+        "budget, or raise it"
+    )
+
+
 def plan_model(
     folder: Path,
     target: Target,
-    bits: float,
+    bits: float | None,
     context_tokens: int | None = None,
     image: tuple[int, int] | None = None,
     budget_bytes: int | None = None,
     overrides: tuple[tuple[str, str], ...] = (),
+    overlapping: bool = False,
 ) -> ModelPlan:
     """The plan of a checkpoint folder on a board; only its config.json is read.
 
+    Args:
+        bits: index bits on average; None spends `budget_bytes` instead.
+        budget_bytes: of all weights; with `bits`, a limit that makes a problem.
+        overlapping: codes with overlapping windows (`overlapping_codes` of the method).
+
     Raises:
-        UnsupportedError: the architecture is not known.
-        InputDataError: config.json is missing or broken.
+        As `plan_formats`.
     """
+    formats = plan_formats(folder, bits, budget_bytes, overrides, overlapping)
     config = read_config(folder)
     family = family_for(config)
-    specs = family.layers(config)
-    formats = bitplan.plan(specs, kept_elements(folder, specs), bits=bits, overrides=list(overrides))
     geometry = family.geometry(config)
     workload = budget.default_workload(target, image, context_tokens)
     memory = budget.plan_memory(formats, geometry, target, workload)
-    problems = memory.problems
-    weights = bitplan.real_bits(formats)["total"].bytes
-    if budget_bytes is not None and weights > budget_bytes:
-        problems = (*problems, f"all weights take {weights:,} bytes, more than the budget of {budget_bytes:,}")
+    problem = over_budget(formats, budget_bytes)
+    problems = (*memory.problems, problem) if problem else memory.problems
     largest = {
         "image_side": advice.largest_image(formats, geometry, target, workload),
         "context": advice.largest_context(formats, geometry, target, workload),

@@ -151,6 +151,15 @@ def test_the_inverse_is_the_edge_of_what_fits():
     assert advice.largest_bits(plan, GEOMETRY, NANO, WORK) == 4.0
 
 
+def test_advice_goes_down_to_what_the_plans_own_codes_reach():
+    small = dataclasses.replace(NANO, memory_usable_bytes=2**30)
+    for code, least in (("4,8,8", "2 bits"), ("2,4,8", "1.5 bits")):
+        plan = bit_plan(GEOMETRY, code, code if code == "4,8,8" else "2,8,9")
+        finer = advice.with_code(plan, "2,8,8" if code == "4,8,8" else "2,8,9")
+        found = advice.advise(finer, GEOMETRY, small, plan_memory(finer, GEOMETRY, small, WORK))
+        assert next(x.to for x in found if x.change == "bits") == f"{least} in every layer"
+
+
 def test_nothing_fits_gives_zero():
     none = dataclasses.replace(NANO, memory_usable_bytes=1)
     assert advice.largest_image(PLANS["4,8,8"], GEOMETRY, none, WORK) == 0

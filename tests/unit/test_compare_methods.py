@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from toolchain.bitplan import real_bits
 from toolchain.calibration import read_manifest
 from toolchain.checkpoint import load_model, load_quantized
 from toolchain.cli import main
-from toolchain.compare import answer_log_probabilities, check_answers, compare_methods
-from toolchain.compare_plot import plot_rows
+from toolchain.compare import DENSE_METHODS, check_methods, compare_methods, is_known
 from toolchain.errors import InputDataError, UsageError
+from toolchain.evaluate import answer_log_probabilities, check_answers
 from toolchain.methods import COMPARED, METHODS
 from toolchain.models.family import family_for, read_config
 from toolchain.quantize import kept_parameters, quantize_checkpoint
@@ -81,17 +80,89 @@ def test_more_bits_and_feedback_come_nearer(rows):
     kl = {(row["method"], row["requested_bits"]): row["kl"] for row in rows}
     for method in ("rtn", "gptq", "vptq"):
         assert kl[method, 3.0] < kl[method, 2.0]
-    errors = {row["method"]: sum(x["relative_error"] for x in row["layers"]) for row in rows[1:4]}
+    errors = {row["method"]: sum(x["relative_error"] for x in row["layers"] if not x["tied_to"]) for row in rows[1:4]}
     assert errors["gptq"] < errors["rtn"]
     assert errors["vptq"] < errors["rtn"]
+
+
+def timeless(row):
+    """A row without what depends on the clock."""
+    seeds = [{k: v for k, v in one.items() if k != "seconds"} for one in row["per_seed"]]
+    return {k: v for k, v in row.items() if k != "seconds"} | {"per_seed": seeds}
 
 
 def test_the_same_seed_gives_the_same_rows(rows, tiny_qwen2_vl, samples):
     again = compare_methods(tiny_qwen2_vl, *samples, bits=2.0, methods=["vptq"])
     expected = next(row for row in rows if row["method"] == "vptq")
-    assert {k: v for k, v in again[1].items() if k != "seconds"} == {
-        k: v for k, v in expected.items() if k != "seconds"
-    }
+    assert timeless(again[1]) == timeless(expected)
+
+
+def test_seeds_are_averaged(rows, tiny_qwen2_vl, samples):
+    """A row of two seeds against rows of each alone; what draws nothing is quantized once."""
+    both = compare_methods(tiny_qwen2_vl, *samples, bits=2.0, methods=["rtn", "vptq"], seeds=[0, 1], against="rtn")
+    first = next(row for row in rows if row["method"] == "vptq")
+    second = compare_methods(tiny_qwen2_vl, *samples, bits=2.0, methods=["vptq"], seeds=[1])[1]
+    assert [row["seeds"] for row in both] == [[], [0], [0, 1]]
+    mean = both[2]
+    assert [one["kl"] for one in mean["per_seed"]] == [first["kl"], second["kl"]]
+    assert first["kl"] != second["kl"]
+    for key in ("kl", "accuracy", "bits", "bytes"):
+        assert mean[key] == pytest.approx((first[key] + second[key]) / 2, rel=1e-5)
+    for layer, *each in zip(mean["layers"], first["layers"], second["layers"]):
+        assert layer["error_both"] == pytest.approx(sum(x["error_both"] for x in each) / 2)
+    assert (both[1]["kl_ratio"], both[1]["kl_difference"]) == (1, 0)
+    assert mean["against"] == "rtn"
+    assert mean["kl_ratio"] == pytest.approx(mean["kl"] / both[1]["kl"])
+    assert mean["kl_difference"] == pytest.approx(mean["kl"] - both[1]["kl"])
+    assert mean["kl_ratio_low"] <= mean["kl_ratio"] <= mean["kl_ratio_high"]
+
+
+def test_names_are_known_or_not():
+    assert all(is_known(name) for name in (*METHODS, *DENSE_METHODS, "mgvq-drift", "mgvq-mix+tune"))
+    assert not is_known("awq")
+    with pytest.raises(UsageError, match="unknown part 'nothing'"):
+        is_known("mgvq-nothing")
+
+
+def test_rows_are_held_against_the_first_of_ours():
+    assert check_methods(["rtn", "mgvq-drift", "mgvq"]) == "mgvq-drift"
+    assert check_methods(["rtn", "mgvq"], "rtn") == "rtn"
+    assert check_methods(["rtn", "gptq-rotated", "vptq"]) is None
+
+
+def test_without_ours_nothing_is_held_against(rows):
+    for row in rows:
+        assert row["against"] is None
+        assert row["kl_ratio"] is None
+
+
+def test_layers_say_what_they_lose_by_modality(rows):
+    """On random weights rounded to levels, both modalities lose most of a part where only one reaches."""
+    parts = {"text": set(), "image": set()}
+    for layer in rows[1]["layers"]:
+        for name in parts:
+            if layer[f"error_{name}"] is not None:
+                parts[name].add(layer["part"])
+        assert 0 < layer["error_both"] < 1.5
+    assert parts == {"text": {"language", "embedding", "head"}, "image": {"language", "vision", "projector"}}
+    head = rows[1]["layers"][-1]
+    assert (head["name"], head["tied_to"], head["relative_error"]) == (
+        "lm_head",
+        "model.language_model.embed_tokens",
+        None,
+    )
+
+
+def test_gptq_turned_is_gptq_or_better(rows, tiny_qwen2_vl, samples):
+    """In the first layer, which sees the same inputs either way; stored bytes are the same."""
+    turned = compare_methods(tiny_qwen2_vl, *samples, bits=2.0, methods=["gptq-rotated"])[1]
+    plain = rows[2]
+    assert plain["method"] == "gptq"
+    first = [(a, b) for a, b in zip(turned["layers"], plain["layers"]) if "patch_embed" in a["name"]]
+    assert all(a["relative_error"] <= b["relative_error"] * (1 + 1e-6) for a, b in first)
+    assert len(first) == 1
+    assert turned["bytes"] == plain["bytes"] + 2 * 512  # its tokens have their places stored
+    assert turned["index_bits"] == plain["index_bits"]
 
 
 def test_another_family(tiny_internvl, samples):
@@ -182,6 +253,10 @@ def test_what_cannot_be_compared_is_refused(tiny_qwen2_vl, samples):
     refuse(UsageError, "'awq' is not known; compare any of mgvq, .*, vptq", *both, methods=["rtn", "awq"])
     refuse(UsageError, "'rtn' is named twice", *both, methods=["rtn", "gptq", "rtn"])
     refuse(UsageError, "no method to compare", *both, methods=[])
+    refuse(UsageError, "against 'gptq': expected one of the methods compared, rtn", *both, against="gptq")
+    refuse(UsageError, "unknown part 'nothing'", *both, methods=["mgvq-nothing"])
+    refuse(UsageError, r"seeds \[1, 1\]: expected", *both, seeds=[1, 1])
+    refuse(UsageError, r"seeds \[\]: expected", *both, seeds=[])
     refuse(UsageError, "bits 9: expected", *both, bits=[2.0, 9.0])
     shared = [*evaluation, calibration[1]]
     refuse(InputDataError, "same bytes as calibration picture", tiny_qwen2_vl, calibration, shared)
@@ -196,31 +271,6 @@ def test_samples_without_answers_are_refused(samples):
         check_answers([])
 
 
-def points(svg: str) -> list:
-    return [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("polyline")]
-
-
-def test_the_plot_shows_every_method(rows):
-    svg = plot_rows(rows)
-    assert [len(e.get("points").split()) for e in points(svg)] == [2, 2, 2]
-    assert all(f">{name}</text>" in svg for name in ("rtn", "gptq", "vptq"))
-    assert "fp" not in svg
-
-
-def test_lower_divergence_is_lower_in_the_plot():
-    row = {"bits": 2.2, "kl_low": 0.0, "kl_high": 1.0}
-    svg = plot_rows([row | {"method": "<a>", "kl": 0.5}, row | {"method": "b", "kl": 0.01}])
-    heights = [float(e.get("points").split(",")[1]) for e in points(svg)]
-    assert heights[0] < heights[1]
-    assert "&lt;a&gt;" in svg
-
-
-def test_a_plot_of_nothing_says_so():
-    svg = plot_rows([{"method": "fp", "bits": 16, "kl": 0.0, "kl_low": 0.0, "kl_high": 0.0}])
-    assert "no row has a divergence" in svg
-    assert points(svg) == []
-
-
 def test_the_verb_writes_what_it_prints(capsys, tiny_qwen2_vl, manifests, tmp_path):
     calib, data = (str(path) for path in manifests)
     arguments = ["compare", "-m", str(tiny_qwen2_vl), "--calib", calib, "--data", data, "--methods", "rtn,nearest"]
@@ -230,20 +280,34 @@ def test_the_verb_writes_what_it_prints(capsys, tiny_qwen2_vl, manifests, tmp_pa
     assert [row["method"] for row in printed["rows"]] == ["fp", "rtn", "nearest"]
     assert printed["questions"] == 2
     assert json.loads((out / "compare.json").read_text(encoding="utf-8")) == printed
-    assert len(points((out / "compare.svg").read_text(encoding="utf-8"))) == 2
+    assert printed["seeds"] == [0]
+    assert (out / "compare.svg").read_text(encoding="utf-8").count("<polyline") == 2
     assert main([*arguments, "-o", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
 
 
 def test_the_verb_prints_a_table(capsys, tiny_qwen2_vl, manifests):
     calib, data = (str(path) for path in manifests)
+    arguments = ["compare", "-m", str(tiny_qwen2_vl), "--calib", calib, "--data", data, "--samples", "1"]
+    assert main([*arguments, "--methods", "rtn,nearest", "--against", "nearest", "--seeds", "0,1"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    lines = first.splitlines()
+    assert [line.split()[0] for line in lines] == ["method", "fp", "rtn", "nearest"]
+    assert "KL / nearest" in lines[0]
+    assert "KL over seeds" in lines[0]
+    assert "1.00 – 1.00" in lines[3]
+    assert second.startswith("worst layers of nearest at 2 bits")
+    found = [line.split()[0] for line in second.splitlines()[2:]]
+    assert found == ["language"] * 2 + ["vision"] * 2 + ["projector"] * 2 + ["embedding", "head"]
+
+
+def test_the_verb_refuses_what_is_no_number(capsys, tiny_qwen2_vl, manifests):
+    calib, data = (str(path) for path in manifests)
     arguments = ["compare", "-m", str(tiny_qwen2_vl), "--calib", calib, "--data", data, "--methods", "rtn"]
-    assert main([*arguments, "--samples", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[0] == "method"
-    assert [line.split()[0] for line in lines[1:]] == ["fp", "rtn"]
     assert main([*arguments, "--bits", "two"]) == 2
     assert "--bits 'two': expected numbers" in capsys.readouterr().err
+    assert main([*arguments, "--seeds", "0,1.5"]) == 2
+    assert "--seeds '0,1.5': expected whole numbers" in capsys.readouterr().err
 
 
 def test_eval_measures_the_divergence_from_a_reference(capsys, tiny_qwen2_vl, manifests):
@@ -253,3 +317,24 @@ def test_eval_measures_the_divergence_from_a_reference(capsys, tiny_qwen2_vl, ma
     assert main([*arguments, "--max-new-tokens", "2", "--reference", str(tiny_qwen2_vl)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["kl"], found["kl_low"], found["kl_high"]) == (0.0, 0.0, 0.0)
+    assert "layers" not in found
+
+
+def test_eval_measures_layers(capsys, tiny_qwen2_vl, manifests, samples, tmp_path):
+    """What eval says of a checkpoint is what compare said of the same one."""
+    arguments = ["eval", "--data", str(manifests[1]), "--max-new-tokens", "2", "--layers"]
+    assert main([*arguments, "-m", str(tiny_qwen2_vl)]) == 2
+    assert "add --reference" in capsys.readouterr().err
+    assert main([*arguments, "-m", str(tiny_qwen2_vl), "--reference", str(tiny_qwen2_vl)]) == 2
+    assert "no layer of the model is quantized" in capsys.readouterr().err
+    quantize_checkpoint(tiny_qwen2_vl, samples[0], tmp_path / "out", method="rtn", bits=2.0)
+    arguments += ["-m", str(tmp_path / "out"), "--reference", str(tiny_qwen2_vl)]
+    assert main([*arguments, "--format", "json"]) == 0
+    found = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    row = compare_methods(tiny_qwen2_vl, *samples, bits=2.0, methods=["rtn"])[1]
+    assert {layer["name"] for layer in row["layers"]} == set(found)
+    for layer in row["layers"]:
+        assert found[layer["name"]]["error_both"] == pytest.approx(layer["error_both"], rel=1e-4)
+        assert found[layer["name"]]["code"] == layer["code"]
+    assert main(arguments) == 0
+    assert "worst layers" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from toolchain.errors import ShapeError
-from toolchain.kl import Interval, bootstrap, log_probabilities, token_divergences
+from toolchain.kl import Interval, Paired, bootstrap, log_probabilities, paired_bootstrap, token_divergences
 
 
 def logs(*rows):
@@ -92,3 +92,54 @@ def test_text_and_json():
     interval = Interval(0.12345, 0.1, 0.2)
     assert str(interval) == "0.1235 (0.1000 – 0.2000)"
     assert interval.to_json() == {"kl": 0.12345, "kl_low": 0.1, "kl_high": 0.2}
+
+
+def noisy(seed, pictures=30):
+    """Divergences of two models on pictures easy and hard, the second 1.5 times the first but for noise."""
+    generator = torch.Generator().manual_seed(seed)
+    hard = torch.exp(2 * torch.randn(pictures, generator=generator))
+    first = [h * (1 + 0.1 * torch.rand(4, generator=generator)) for h in hard]
+    return first, [1.5 * h * (1 + 0.1 * torch.rand(4, generator=generator)) for h in hard]
+
+
+def test_a_pair_by_hand():
+    found = paired_bootstrap([torch.tensor([2.0, 4.0])], [torch.tensor([1.0, 2.0])], ["a"], seed=0)
+    assert found == Paired(Interval(2.0, 2.0, 2.0), Interval(1.5, 1.5, 1.5))
+
+
+def test_beside_itself_a_model_is_certain():
+    first, _ = noisy(0)
+    assert paired_bootstrap(first, first, range(30), seed=0) == Paired(Interval(1, 1, 1), Interval(0, 0, 0))
+
+
+def test_a_constant_factor_leaves_no_doubt_about_the_ratio():
+    first, _ = noisy(0)
+    found = paired_bootstrap([3 * x for x in first], first, range(30), seed=0)
+    assert (found.ratio.low, found.ratio.high) == (pytest.approx(3), pytest.approx(3))
+    assert found.difference.low < found.difference.high
+
+
+def test_pairing_takes_the_pictures_out():
+    """The two intervals overlap widely, the paired one is sure which is better."""
+    first, second = noisy(0)
+    mine, theirs = (bootstrap(x, range(30), seed=0) for x in (second, first))
+    found = paired_bootstrap(second, first, range(30), seed=0)
+    assert mine.low < theirs.high
+    assert found.ratio.low > 1.3
+    assert found.difference.low > 0
+    assert found.ratio.mean == pytest.approx(mine.mean / theirs.mean)
+    assert found.difference.mean == pytest.approx(mine.mean - theirs.mean)
+
+
+def test_the_same_pictures_are_drawn_as_for_one_model():
+    """A difference from a model that is exact has the interval of the model alone."""
+    first, _ = noisy(1)
+    exact = [torch.zeros(4)] * 30
+    found = paired_bootstrap(first, exact, range(30), seed=5)
+    assert found.difference == bootstrap(first, range(30), seed=5)
+    assert found.ratio is None
+
+
+def test_a_pair_is_of_the_same_tokens():
+    with pytest.raises(ShapeError, match=r"found \[2\] and \[1\]"):
+        paired_bootstrap([torch.zeros(2)], [torch.zeros(1)], ["a"], seed=0)

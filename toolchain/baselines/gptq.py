@@ -1,8 +1,7 @@
 """Scalar GPTQ (arXiv 2210.17323): uniform levels, one searched scale a row, exact feedback from column to column.
 
 Stored exactly as `rtn` stores its levels, so that the two differ in nothing but where each weight is rounded to. The
-variant behind a rotation of the inputs is left out: the activations would have to be rotated when the model runs, which
-neither the format nor the graphs can say.
+variant behind a rotation of the inputs is `toolchain.baselines.rotated`: a checkpoint cannot hold it, this one it can.
 """
 
 from __future__ import annotations

@@ -4,7 +4,13 @@ Our own code from the paper's public description. Vectors are assigned and the t
 what is left of the metric at a column, 1 / [H⁻¹]_jj over the columns not yet coded; a column's error is fed to the
 columns after its vector as scalar GPTQ would, as if the columns inside a vector did not touch one another; last, the
 table is fitted to the codes. Where the released code departs from that to its own loss (the root of the weight in the
-assignment, its inverse in the k-means) this does not follow it. Scales, table and codes are stored as those of MGVQ.
+assignment, its inverse in the k-means) this does not follow it.
+
+What is simpler than the paper: one table for all layers of a group, where the paper has one for every few thousand
+weights, at more bits a weight; a float16 scale a row, where it has 4-bit ones for blocks of a row; the table is fitted
+by conjugate gradients, which reach what its gradient descent goes towards; no low-rank coding of tables. What it gets
+that the paper does not have: row scales are refitted to the codes last, as MGVQ's and GPTQ's are here (6 % of the error
+on the built-in model's layers at 2 bits). Scales, table and codes are stored, and counted, as those of MGVQ.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from toolchain.values import VQCode
 from toolchain.vq.assign import nearest_entries
 from toolchain.vq.codebook import draw_samples, round_table, train_table
 from toolchain.vq.factor import Factors, factor_moment
-from toolchain.vq.scales import rms_scales, stored_scales
+from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.solve import safe_divisor
 from toolchain.vq.weights import Options, Problem, VQGroup, decode_stacked, output_errors, pack_group, stack_group
 
@@ -72,19 +78,21 @@ def refitted(problem: Problem, moment: Tensor, indices: Tensor, table: Tensor, s
 def quantize_group(
     weights: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
 ) -> VQGroup:
-    """A table trained in the diagonal metric, one sweep with diagonal feedback, and the table fitted to its codes."""
+    """A table trained in the diagonal metric, one sweep with diagonal feedback, table and scales fitted to codes."""
     problem = stack_group(weights, moment, code)
     factors = factor_moment(problem.moment, problem.columns, 1, options.damping)
     start = rms_scales(problem.weight, problem.columns)
     unit = problem.weight / safe_divisor(start)[:, None]
     metrics = factors.pivots.reshape(-1, code.vector).diag_embed()
-    samples = draw_samples(unit, metrics, start, options.samples, generator)
+    samples = draw_samples(unit, metrics, start.square(), options.samples, generator)
     table, cells = train_table(samples, code.entries, options.lloyd_rounds, generator)
     stored, step = round_table(table, cells, code)
     scales = stored_scales(start * step)
     indices = diagonal_sweep(problem.weight, factors, stored, scales, options.batch_columns)
     fitted, factor = round_table(refitted(problem, factors.damped, indices, stored, scales), cells, code)
     tried = [(stored, scales), (fitted, stored_scales(scales.float() * factor))]
+    unit = decode_stacked(indices, fitted, torch.ones_like(scales))
+    tried.append((fitted, stored_scales(refit_scales(problem.weight, unit, factors.damped, tried[-1][1].float()))))
     losses = [float(output_errors(problem.weight - decode_stacked(indices, *one), problem).sum()) for one in tried]
     stored, scales = tried[losses.index(min(losses))]
     return pack_group(problem, indices, stored, scales, code)

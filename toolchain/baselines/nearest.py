@@ -22,7 +22,7 @@ def quantize_group(
     unit = problem.weight / safe_divisor(start)[:, None]
     blocks = problem.weight.shape[1] // code.vector
     identity = torch.eye(code.vector, device=unit.device)
-    samples = draw_samples(unit, identity.expand(blocks, -1, -1), start, options.samples, generator)
+    samples = draw_samples(unit, identity.expand(blocks, -1, -1), start.square(), options.samples, generator)
     stored, step = round_table(*train_table(samples, code.entries, options.lloyd_rounds, generator), code)
     scales = stored_scales(start * step)
     vectors = problem.weight.reshape(-1, code.vector)

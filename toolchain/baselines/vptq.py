@@ -1,10 +1,15 @@
 """VPTQ-style vector quantization (arXiv 2409.17066): vectors along outputs, exact scalar feedback between columns.
 
-Our own code from the paper's public description, at this project's table sizes and bits: no residual stage, no table
-for outliers, no fine-tuning. V rows that lie next to one another share one index a column, so that the metric inside a
-vector is diagonal and the feedback needs no blocks. The weight format has its vectors along inputs and cannot hold
-these codes: what comes back is decoded, and counted as the format counts its own: k bits an index, rows and columns
-padded alike, an entry of 4 bytes, 2 bytes of scale a row.
+Our own code from the paper's public description, at this project's table sizes and bits. V rows that lie next to one
+another share one index a column, so that the metric inside a vector is diagonal and the feedback needs no blocks. The
+weight format has its vectors along inputs and cannot hold these codes: what comes back is decoded, and counted as the
+format counts its own: k bits an index, rows and columns padded alike, an entry of 4 bytes, 2 bytes of scale a row.
+
+What is simpler than the paper: no residual stage, no table of its own for outlier columns, no fine-tuning of layers or
+of the model, and tables of at most 256 entries of 4 where its 2-bit models have up to 65,536 of 8. k-means is weighted
+by the diagonal of H, as there. What it gets that the paper does not have: the table, and then the row scales, are
+fitted to the codes in the metric of the layer's output (scales: 4 % of the error on the built-in model's layers at 2
+bits), as MGVQ's are here.
 
 Scales belong to rows here, to columns in VPTQ's release. On the demo's layers, half-trained, at 2 bits, rows leave 0.78
 of the error that columns do (geometric mean), and no scales at all 0.92 of it.
@@ -21,7 +26,7 @@ from toolchain.baselines.refit import refit_table, sum_by_index
 from toolchain.values import VQCode
 from toolchain.vq.codebook import Samples, round_table, train_table
 from toolchain.vq.factor import factor_moment
-from toolchain.vq.scales import rms_scales, stored_scales
+from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.solve import safe_divisor
 from toolchain.vq.weights import Options, Problem, output_errors, stack_group
 
@@ -94,7 +99,7 @@ def refitted(weight: Tensor, moment: Tensor, indices: Tensor, table: Tensor, sca
 def quantize_group(
     weights: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
 ) -> ComparedGroup:
-    """A table trained with diag H as weights, one sweep over the columns, and the table fitted to its codes."""
+    """A table trained with diag H as weights, one sweep over the columns, table and scales fitted to its codes."""
     padded = [F.pad(w.float(), (0, 0, 0, -len(w) % code.vector)) for w in weights]
     problem = stack_group(padded, moment, code)
     weight = problem.weight
@@ -108,6 +113,8 @@ def quantize_group(
     indices = column_sweep(weight, factors.unit, stored, scales)
     fitted, factor = round_table(refitted(weight, factors.damped, indices, stored, scales), cells, code)
     tried = [(stored, scales), (fitted, stored_scales(scales.float() * factor))]
+    unit = decode_columns(indices, fitted, torch.ones_like(scales))
+    tried.append((fitted, stored_scales(refit_scales(weight, unit, factors.damped, tried[-1][1].float()))))
     decoded = [decode_columns(indices, *one) for one in tried]
     best = min(decoded, key=lambda one: float(output_errors(weight - one, problem).sum()))
     return compared_group(problem, best, [len(w) for w in weights], code)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from toolchain.bit_allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS, LOWEST_PLAIN_BITS
 from toolchain.errors import UsageError
 
 
@@ -32,8 +33,14 @@ CalibOption = Annotated[
     Path, typer.Option("--calib", help='Manifest, one {"image", "prompt"[, "answer"]} a line, paths relative to it.')
 ]
 TargetOption = Annotated[str, typer.Option("--target", help="Board to plan for; see mgvq targets.")]
-BitsOption = Annotated[
-    float, typer.Option("--bits", min=2.0, max=4.0, help="Index bits averaged over the quantized weights.")
+BITS_HELP = (
+    f"Index bits averaged over the quantized weights, {LOWEST_BITS:g} to {HIGHEST_BITS:g} (methods of plain codes: "
+    f"from {LOWEST_PLAIN_BITS:g}); {DEFAULT_BITS:g} if neither this nor --budget is given."
+)
+BitsOption = Annotated[float | None, typer.Option("--bits", min=LOWEST_BITS, max=HIGHEST_BITS, help=BITS_HELP)]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", help="Most bytes of all weights, such as 3GiB: spent on bits, or with --bits a limit."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 ProviderOption = Annotated[Provider, typer.Option("--provider", help="onnxruntime's execution provider.")]
@@ -92,6 +99,17 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def bits_or_budget(bits: float | None, budget: str | None) -> tuple[float | None, int | None]:
+    """(index bits on average, budget in bytes) of the two flags: bits are None where the budget is to be spent.
+
+    Raises:
+        UsageError: the budget is no size.
+    """
+    if budget is None:
+        return DEFAULT_BITS if bits is None else bits, None
+    return bits, parse_size(budget)
 
 
 def parse_size(text: str) -> int:

@@ -7,12 +7,15 @@ import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from toolchain.bit_allocation import HIGHEST_BITS, LOWEST_PLAIN_BITS
 from toolchain.cli.app import app
 from toolchain.cli.common import (
+    BITS_HELP,
+    BudgetOption,
     Format,
     FormatOption,
     ModelOption,
@@ -23,7 +26,10 @@ from toolchain.cli.common import (
     parse_size,
     size,
 )
-from toolchain.errors import StoppedError
+from toolchain.errors import StoppedError, UsageError
+
+if TYPE_CHECKING:
+    from toolchain.evaluate import Evaluation
 
 
 class Resume(str, Enum):
@@ -46,8 +52,8 @@ def all_stages(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")] = None,
     target: Annotated[str | None, typer.Option(help="Board to plan for; see mgvq targets.")] = None,
-    bits: Annotated[float | None, typer.Option(help="Index bits averaged over the quantized weights, 2 to 4.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Refuse when all weights are larger, such as 3GiB.")] = None,
+    bits: Annotated[float | None, typer.Option(help=BITS_HELP)] = None,
+    budget: BudgetOption = None,
     provider: Annotated[Provider | None, typer.Option(help="onnxruntime's execution provider.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in JSON or TOML; flags win over it.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as quantize.seed=1.")] = None,
@@ -68,7 +74,14 @@ def all_stages(
 @app.command()
 def demo(
     output: RunOption = Path("runs/demo"),
-    bits: Annotated[float | None, typer.Option(help="Index bits averaged over the quantized weights, 2 to 4.")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            min=LOWEST_PLAIN_BITS,
+            max=HIGHEST_BITS,
+            help="Index bits averaged over the quantized weights; those of the baseline beside it too.",
+        ),
+    ] = None,
     resume: ResumeOption = Resume.auto,
     form: FormatOption = Format.text,
 ) -> None:
@@ -150,18 +163,23 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="Checkpoint to measure KL divergence from, the full-precision one as a rule.")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What every quantized layer loses too, from --reference, by modality.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     form: FormatOption = Format.text,
 ) -> None:
     """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest; with --reference, KL divergence too."""
     from toolchain.calibration import read_manifest
     from toolchain.checkpoint import load_any
-    from toolchain.compare import checkpoint_log_probabilities, divergence_from
-    from toolchain.evaluate import answer_all, refuse_overlap
+    from toolchain.evaluate import answer_all, checkpoint_log_probabilities, divergence_from, refuse_overlap
+    from toolchain.layer_errors import checkpoint_layer_errors
     from toolchain.models.family import family_for, read_config
     from toolchain.models.runner import torch_graphs
     from toolchain.modules import keep_decoded
 
+    if layers and reference is None:
+        raise UsageError("--layers measures from a reference; add --reference with the full-precision checkpoint")
     config = read_config(model)
     family = family_for(config)
     samples = read_manifest(data)
@@ -177,14 +195,26 @@ def evaluate(
     with keep_decoded(loaded):
         found = answer_all(processor.host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step)
         interval = divergence_from(expected, loaded, processor, samples, 0, progress.step) if expected else None
+        lost = checkpoint_layer_errors(reference, loaded, samples, progress.step) if layers and reference else None
+    result, text = _evaluation(found)
+    if interval:
+        result |= interval.to_json()
+        text += f"\nKL {interval} nats an answer token, from {reference}"
+    if lost:
+        from toolchain.cli.research import layer_text
+
+        result["layers"] = lost
+        text += f"\nworst layers: share of the output lost on these questions\n{layer_text(lost)}"
+    emit(result, text, form)
+
+
+def _evaluation(found: Evaluation) -> tuple[dict[str, Any], str]:
+    """Accuracy and wrong answers, for other tools and for people (the first five)."""
     wrong = [
         {"image": a.sample.image.name, "prompt": a.sample.prompt, "answer": a.sample.answer, "given": a.given}
         for a in found.answers
         if not a.is_right
     ]
-    lines = [f"accuracy {100 * found.accuracy:.1f} % of {len(samples)}"]
-    lines += [f"KL {interval} nats an answer token, from {reference}"] if interval else []
-    for w in wrong[:5]:
-        lines.append(f"  {w['image']} {w['prompt']} expected {w['answer']!r}, given {w['given']!r}")
-    result = {"accuracy": found.accuracy, "questions": len(samples), "wrong": wrong}
-    emit(result | (interval.to_json() if interval else {}), "\n".join(lines), form)
+    lines = [f"accuracy {100 * found.accuracy:.1f} % of {len(found.answers)}"]
+    lines += [f"  {w['image']} {w['prompt']} expected {w['answer']!r}, given {w['given']!r}" for w in wrong[:5]]
+    return {"accuracy": found.accuracy, "questions": len(found.answers), "wrong": wrong}, "\n".join(lines)

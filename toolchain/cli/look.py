@@ -10,12 +10,13 @@ import typer
 from toolchain.cli.app import app
 from toolchain.cli.common import (
     BitsOption,
+    BudgetOption,
     Format,
     FormatOption,
     ModelOption,
     TargetOption,
+    bits_or_budget,
     emit,
-    parse_size,
     size,
     table,
 )
@@ -70,8 +71,9 @@ def doctor(target: Annotated[str | None, typer.Option(help="Check against this b
 def plan(
     model: ModelOption,
     target: TargetOption = "orin-nano-8gb",
-    bits: BitsOption = 2.0,
-    budget: Annotated[str | None, typer.Option(help="Largest size of all weights, such as 3GiB.")] = None,
+    bits: BitsOption = None,
+    budget: BudgetOption = None,
+    method: Annotated[str, typer.Option(help="Method whose codes are planned for; see mgvq quantize.")] = "mgvq",
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context; the target's default if absent.")
     ] = None,
@@ -81,11 +83,15 @@ def plan(
     form: FormatOption = Format.text,
 ) -> None:
     """Say whether a model fits a board before anything is built, and what to turn down if not. Exit 5 when not."""
-    from toolchain.planning import parse_image, plan_model
+    from toolchain.config import check_method
+    from toolchain.planning import overlapping_codes, parse_image, plan_model
     from toolchain.target import load_target
 
     board = load_target(target)
-    planned = plan_model(model, board, bits, context, parse_image(image), parse_size(budget) if budget else None)
+    check_method(method)
+    average, budget_bytes = bits_or_budget(bits, budget)
+    picture, overlapping = parse_image(image), overlapping_codes(method)
+    planned = plan_model(model, board, average, context, picture, budget_bytes, overlapping=overlapping)
     emit(planned.to_json(), planned.text(), form)
     if planned.problems:
         raise BudgetError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import (
     BitsOption,
+    BudgetOption,
     CalibOption,
     Format,
     FormatOption,
@@ -20,11 +21,12 @@ from toolchain.cli.common import (
     Provider,
     ProviderOption,
     SeedOption,
+    bits_or_budget,
     emit,
     size,
     table,
 )
-from toolchain.errors import UsageError
+from toolchain.errors import BudgetError, UsageError
 
 
 def parse_codes(assignments: list[str]) -> list[tuple[str, str]]:
@@ -41,8 +43,11 @@ def quantize(
     model: ModelOption,
     calib: CalibOption,
     output: OutputOption,
-    bits: BitsOption = 2.0,
-    method: Annotated[str, typer.Option(help="mgvq, or a baseline: gptq, gptvq, nearest, rtn.")] = "mgvq",
+    bits: BitsOption = None,
+    budget: BudgetOption = None,
+    method: Annotated[
+        str, typer.Option(help="mgvq (-part takes a part out, +part in), or a baseline: gptq, gptvq, nearest, rtn.")
+    ] = "mgvq",
     code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
     seed: SeedOption = 0,
     form: FormatOption = Format.text,
@@ -57,6 +62,7 @@ def quantize(
     overrides = parse_codes(code or [])
     check_output(output)
     family_for(read_config(model))
+    size_asked = _size_asked(model, bits, budget, overrides, method)
     progress = Progress()
     progress.stage(f"quantize   {model}")
     result = quantize_checkpoint(
@@ -64,7 +70,7 @@ def quantize(
         read_manifest(calib),
         output,
         method=method,
-        bits=bits,
+        **size_asked,
         overrides=overrides,
         seed=seed,
         progress=lambda layer, done, total: progress.step(done, total, layer.name),
@@ -78,6 +84,20 @@ def quantize(
     emit(
         summary, f"{text}\n{output}: {summary['bits']['model']:.3f} real bits a weight, {size(summary['bytes'])}", form
     )
+
+
+def _size_asked(
+    model: Path, bits: float | None, budget: str | None, overrides: list[tuple[str, str]], method: str
+) -> dict[str, Any]:
+    """What `quantize_checkpoint` is to keep to, bits or budget_bytes; a budget that cannot be kept is refused now."""
+    from toolchain.planning import over_budget, overlapping_codes, plan_formats
+
+    average, budget_bytes = bits_or_budget(bits, budget)
+    if budget_bytes is not None:
+        formats = plan_formats(model, average, budget_bytes, tuple(overrides), overlapping_codes(method))
+        if problem := over_budget(formats, budget_bytes):
+            raise BudgetError(f"{model}: {problem}")
+    return {"bits": average} if average is not None else {"bits": None, "budget_bytes": budget_bytes}
 
 
 @app.command()

@@ -37,20 +37,20 @@ class Cells:
     moments: Tensor
 
 
-def draw_samples(unit: Tensor, pivots: Tensor, scales: Tensor, count: int, generator: torch.Generator) -> Samples:
+def draw_samples(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, generator: torch.Generator) -> Samples:
     """At most `count` vectors, one from each of `count` equal stretches of the matrix, so that all rows are heard.
 
     Args:
         unit: float32[m, n], weights divided by their row scale.
         pivots: float32[n / V, V, V] (D_b).
-        scales: float32[m].
+        loudness: float32[m], r · a²: what an error at unit scale counts in each row.
         generator: draws the place inside each stretch; the result depends on nothing else random.
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = unit.shape[0] * blocks
     places = _stretches(total, count, generator).to(unit.device)
     row, block = places // blocks, places % blocks
-    metrics = pivots[block] * scales[row].square()[:, None, None]
+    metrics = pivots[block] * loudness[row][:, None, None]
     return Samples(unit.reshape(-1, blocks, vector)[row, block], metrics)
 
 
@@ -66,11 +66,11 @@ def train_table(samples: Samples, entries: int, rounds: int, generator: torch.Ge
     return table, gather_cells(samples, _assign(features, table)[0], entries)
 
 
-def draw_chunks(unit: Tensor, pivots: Tensor, scales: Tensor, count: int, generator: torch.Generator) -> Samples:
+def draw_chunks(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, generator: torch.Generator) -> Samples:
     """At most `count` vectors in whole chunks of 16 as the format cuts them, one chunk from each equal stretch.
 
     Args:
-        unit, pivots, scales: as for `draw_samples`, m a multiple of 128.
+        unit, pivots, loudness: as for `draw_samples`, m a multiple of 128.
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = len(unit) // CHUNK_ROWS * blocks
@@ -78,7 +78,7 @@ def draw_chunks(unit: Tensor, pivots: Tensor, scales: Tensor, count: int, genera
     chunk, block = places // blocks, places % blocks
     rows = chunk_rows(chunk // ROW_STRIDE, chunk % ROW_STRIDE).flatten()
     block = block.repeat_interleave(CHUNK_ROWS)
-    metrics = pivots[block] * scales[rows].square()[:, None, None]
+    metrics = pivots[block] * loudness[rows][:, None, None]
     return Samples(unit.reshape(-1, blocks, vector)[rows, block], metrics)
 
 
@@ -197,23 +197,27 @@ def gather_cells(samples: Samples, chosen: Tensor, entries: int) -> Cells:
     return Cells(weights, pulled.new_zeros(entries, vector).index_add_(0, chosen, pulled))
 
 
-def sweep_cells(targets: Tensor, indices: Tensor, pivots: Tensor, scales: Tensor, entries: int) -> Cells:
-    """The normal equations of every entry from a whole sweep's fed-back targets: t = T / a, M = a² · D_b.
+def sweep_cells(
+    targets: Tensor, indices: Tensor, pivots: Tensor, scales: Tensor, entries: int, row_weights: Tensor | None = None
+) -> Cells:
+    """The normal equations of every entry from a whole sweep's fed-back targets: t = T / a, M = r · a² · D_b.
 
     Args:
         targets: float32[m, n].
         indices: uint8[m, n / V].
         pivots: float32[n / V, V, V].
         scales: float32[m], the scales at which a table entry is a weight.
+        row_weights: float32[m], r; 1 where None.
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     chosen = indices.long()
-    # Σ a² per (entry, block) first: then the V×V sums are one product over blocks instead of one per weight.
+    pulling = scales if row_weights is None else scales * row_weights
+    # Σ r a² per (entry, block) first: then the V×V sums are one product over blocks instead of one per weight.
     mass = targets.new_zeros(entries * blocks)
     place = chosen * blocks + torch.arange(blocks, device=chosen.device)
-    mass.index_add_(0, place.flatten(), scales.square()[:, None].expand_as(chosen).flatten())
+    mass.index_add_(0, place.flatten(), (pulling * scales)[:, None].expand_as(chosen).flatten())
     weights = (mass.reshape(entries, blocks) @ pivots.flatten(1)).reshape(entries, vector, vector)
-    scaled = targets.reshape(-1, blocks, vector) * scales[:, None, None]
+    scaled = targets.reshape(-1, blocks, vector) * pulling[:, None, None]
     pulled = torch.einsum("mbv,bvw->mbw", scaled, pivots)
     moments = targets.new_zeros(entries, vector).index_add_(0, chosen.flatten(), pulled.reshape(-1, vector))
     return Cells(weights, moments)

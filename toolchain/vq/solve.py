@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,36 +30,66 @@ def safe_divisor(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales, 1.0)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """Codes of a problem as they are stored: indices [m, n / V] (windows where L > k), table, scales float16[m]; the
+    loss Σ_i r_i e_i H e_iᵀ they come to.
+    """
+
+    indices: Tensor
+    table: Tensor
+    scales: Tensor
+    loss: float
+
+    def decode(self) -> Tensor:
+        """Ŵ float32[m, n] of the padded problem."""
+        return decode_stacked(self.indices, self.table, self.scales)
+
+
 def first_table(
     problem: Problem, factors: Factors, scales: Tensor, code: VQCode, options: Options, generator: torch.Generator
 ) -> tuple[Tensor, Cells]:
     """(table float32[2^L, V], its cells) trained on a sample of the weights at unit scale, before any feedback."""
     unit = problem.weight / safe_divisor(scales)[:, None]
+    loudness = problem.row_weights * scales.square()
     if code.window > code.shift:
-        chunks = draw_chunks(unit, factors.pivots, scales, options.samples, generator)
+        chunks = draw_chunks(unit, factors.pivots, loudness, options.samples, generator)
         return train_paths(chunks, code, options.lloyd_rounds, generator)
-    samples = draw_samples(unit, factors.pivots, scales, options.samples, generator)
+    samples = draw_samples(unit, factors.pivots, loudness, options.samples, generator)
     return train_table(samples, code.entries, options.lloyd_rounds, generator)
 
 
 def quantize_group(
-    weights: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
+    weights: list[Tensor],
+    moment: Tensor,
+    code: VQCode,
+    options: Options,
+    generator: torch.Generator,
+    row_weights: list[Tensor] | None = None,
 ) -> VQGroup:
-    """Codes, one table and row scales of least tr(E H Eᵀ) found in `options.rounds` rounds.
-
-    A round is a sweep with the scales and table exactly as stored, a closed-form refit of the scales for the codes
-    found, and an update of the table on the sweep's fed-back targets. The best round is kept.
+    """Codes, one table and row scales of least Σ_i r_i e_i H e_iᵀ that `solve_problem` finds, packed.
 
     Args:
         weights: float32[m_i, n] of layers that read the same input.
         moment: float32[n, n], the second moment H of that input.
         generator: seeds the table; the result depends on nothing else random.
+        row_weights: float32[m_i] a layer, r, what an error in each row counts; 1 where None.
     """
-    problem = stack_group(weights, moment, code, searches_paths=True)
+    problem = stack_group(weights, moment, code, searches_paths=True, row_weights=row_weights)
+    found = solve_problem(problem, code, options, generator)
+    return pack_group(problem, found.indices, found.table, found.scales, code)
+
+
+def solve_problem(problem: Problem, code: VQCode, options: Options, generator: torch.Generator) -> Solution:
+    """The best of `options.rounds` rounds.
+
+    A round is a sweep with the scales and table exactly as stored, a closed-form refit of the scales for the codes
+    found, and an update of the table on the sweep's fed-back targets.
+    """
     factors = factor_moment(problem.moment, problem.columns, code.vector, options.damping)
     start = rms_scales(problem.weight, problem.columns)
     table, cells = first_table(problem, factors, start, code, options, generator)
-    search = search_for(code)
+    search = search_for(code, problem.row_weights)
     worth = start  # the scale at which an entry of the unrounded table is a weight
     rounds = []
     for _ in range(options.rounds):
@@ -66,10 +98,13 @@ def quantize_group(
         indices, targets = sweep(problem.weight, factors, stored, scales, options.batch_columns, search)
         unit = decode_stacked(indices, stored, torch.ones_like(scales))
         scales = stored_scales(refit_scales(problem.weight, unit, factors.damped, scales.float()))
-        error = output_errors(problem.weight - unit * scales.float()[:, None], problem)
-        rounds.append((float(error.sum()), indices, stored, scales))
+        rounds.append(Solution(indices, stored, scales, weighted_loss(problem, unit * scales.float()[:, None])))
         worth = scales.float() / step
-        cells = sweep_cells(targets, indices, factors.pivots, worth, code.entries)
+        cells = sweep_cells(targets, indices, factors.pivots, worth, code.entries, problem.row_weights)
         table = solve_cells(cells, table)
-    _, indices, stored, scales = min(rounds, key=lambda one: one[0])
-    return pack_group(problem, indices, stored, scales, code)
+    return min(rounds, key=lambda one: one.loss)
+
+
+def weighted_loss(problem: Problem, decoded: Tensor) -> float:
+    """Σ_i r_i e_i H e_iᵀ of Ŵ float32[m, n]."""
+    return float((output_errors(problem.weight - decoded, problem) * problem.row_weights).sum())

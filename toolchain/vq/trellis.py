@@ -29,26 +29,41 @@ SEAMS = 4
 COSTS_ON_CPU, COSTS_ON_DEVICE = 1 << 20, 1 << 27
 
 
-def search_for(code: VQCode) -> Search:
-    """What finds a column block's indices for the code: windows of closed paths where L > k, nearest entries else."""
-    return partial(cheapest_windows, code=code) if code.window > code.shift else nearest_entries
+def search_for(code: VQCode, row_weights: Tensor | None = None) -> Search:
+    """What finds a column block's indices for the code: windows of closed paths where L > k, nearest entries else.
+
+    Args:
+        row_weights: float32[m], what an error in each row counts; a nearest entry is the same whatever its row counts.
+    """
+    if code.window == code.shift:
+        return nearest_entries
+    return partial(cheapest_windows, code=code, row_weights=row_weights)
 
 
-def cheapest_windows(targets: Tensor, metric: Tensor, table: Tensor, scales: Tensor, code: VQCode) -> Tensor:
-    """Windows [m] of nearly least Σ_i (t_i − a_i·T[w_i]) D (t_i − a_i·T[w_i])ᵀ, closed in every chunk of 16 rows.
+def cheapest_windows(
+    targets: Tensor,
+    metric: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    code: VQCode,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """Windows [m] of nearly least Σ_i r_i (t_i − a_i·T[w_i]) D (t_i − a_i·T[w_i])ᵀ, closed in every chunk of 16 rows.
 
     Args:
         targets: float32[m, V], m a multiple of 128.
         metric: float32[V, V], symmetric positive semidefinite (D_b).
         table: float32[2^L, V].
         scales: float32[m], not negative; a row of scale 0 costs nothing and lends its bits to its neighbours.
+        row_weights: float32[m], r; 1 where None.
 
     Returns:
         uint8[m], or int16[m] for tables of more than 256 entries.
     """
     norms = ((table @ metric) * table).sum(dim=1, keepdim=True)
-    pulled = -2 * scales[:, None] * (targets @ metric)
-    queries = torch.cat([pulled, scales.square()[:, None]], dim=1)
+    pulling = scales if row_weights is None else scales * row_weights
+    pulled = -2 * pulling[:, None] * (targets @ metric)
+    queries = torch.cat([pulled, (pulling * scales)[:, None]], dim=1)
     chunks = queries.view(-1, CHUNK_ROWS, ROW_STRIDE, queries.shape[1]).permute(1, 3, 0, 2).flatten(2)
     windows = closed_paths(chunks, torch.cat([table, norms], dim=1), code)
     rows = windows.view(CHUNK_ROWS, -1, ROW_STRIDE).transpose(0, 1).reshape(-1)

@@ -71,6 +71,7 @@ class Problem:
 
     `columns` is n before padding; `rows` are the layers' own row counts, and `held` those they take in W, m in all:
     with overlapping codes each layer is padded to whole row groups, because the padding's bits are its neighbours'.
+    `row_weights` float32[m] say what an error in each row counts.
     """
 
     weight: Tensor
@@ -78,13 +79,22 @@ class Problem:
     columns: int
     rows: tuple[int, ...]
     held: tuple[int, ...]
+    row_weights: Tensor
 
 
-def stack_group(weights: list[Tensor], moment: Tensor, code: VQCode, *, searches_paths: bool = False) -> Problem:
+def stack_group(
+    weights: list[Tensor],
+    moment: Tensor,
+    code: VQCode,
+    *,
+    searches_paths: bool = False,
+    row_weights: list[Tensor] | None = None,
+) -> Problem:
     """The group as one matrix, columns padded with zeros (weights and H), and rows too where the code overlaps.
 
     Args:
         searches_paths: the method finds the windows of overlapping codes (`trellis`).
+        row_weights: float32[m_i] a layer; 1 where None.
 
     Raises:
         ShapeError: the layers differ in columns, or H does not fit them.
@@ -105,7 +115,9 @@ def stack_group(weights: list[Tensor], moment: Tensor, code: VQCode, *, searches
     rows = tuple(w.shape[0] for w in weights)
     held = tuple(code.padded_shape(m, 1)[0] for m in rows) if code.window > code.shift else rows
     stacked = [torch.nn.functional.pad(w.float(), (0, extra, 0, m - len(w))) for w, m in zip(weights, held)]
-    return Problem(torch.cat(stacked), padded, columns, rows, held)
+    counts = row_weights or [torch.ones(m, device=w.device) for m, w in zip(rows, weights)]
+    counted = torch.cat([torch.nn.functional.pad(r.float(), (0, m - len(r))) for r, m in zip(counts, held)])
+    return Problem(torch.cat(stacked), padded, columns, rows, held, counted)
 
 
 def decode_stacked(indices: Tensor, table: Tensor, scales: Tensor) -> Tensor:

@@ -67,3 +67,11 @@ def test_the_refitted_table_wins(monkeypatch):
         group = gptvq.quantize_group([weight], moment, VQCode.parse("4,8,8"), FAST, torch.Generator().manual_seed(0))
         losses.append(group.loss)
     assert losses[0] < losses[1]
+
+
+def test_refitted_scales_win(monkeypatch):
+    weight, moment = random_layer(96, 64)
+    found = gptvq.quantize_group([weight], moment, VQCode.parse("4,8,8"), FAST, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(gptvq, "refit_scales", lambda _weight, _unit, _moment, start: start)
+    fixed = gptvq.quantize_group([weight], moment, VQCode.parse("4,8,8"), FAST, torch.Generator().manual_seed(0))
+    assert found.loss < fixed.loss

@@ -100,3 +100,10 @@ def test_it_is_named_for_comparison_only():
     assert not set(COMPARED) & set(METHODS)
     with pytest.raises(UsageError, match="'vptq' is for mgvq compare alone"):
         method_named("vptq")
+
+
+def test_refitted_scales_win(monkeypatch):
+    weight, moment = random_layer(96, 64)
+    found = sum(run([weight], moment).errors)
+    monkeypatch.setattr(vptq, "refit_scales", lambda _weight, _unit, _moment, start: start)
+    assert found < sum(run([weight], moment).errors)

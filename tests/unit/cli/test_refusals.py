@@ -107,6 +107,20 @@ def test_output_that_is_in_use(refused, tiny_qwen2_vl, tiny_manifest, tmp_path):
 def test_model_over_budget(refused, tiny_qwen2_vl, tiny_manifest, tmp_path):
     arguments = line_arguments(tiny_qwen2_vl, tiny_manifest, tmp_path / "o", "--budget", "10KiB")
     refused(5, "more than the budget of 10,240", *arguments)
+    refused(5, "more than the budget of 10,240", *arguments, "--bits", "2")
+    for more in ([], ["--bits", "2"], ["--method", "rtn"]):
+        command = ["quantize", "-m", tiny_qwen2_vl, "--calib", tiny_manifest, "-o", tmp_path / "q", *more]
+        refused(5, "more than the budget of 10,240", *command, "--budget", "10KiB")
+    refused(5, "more than the budget of 10,240", "plan", "-m", tiny_qwen2_vl, "--budget", "10KiB")
+
+
+def test_bits_that_no_code_reaches(refused, tiny_qwen2_vl, tiny_manifest, tmp_path):
+    command = ["quantize", "-m", tiny_qwen2_vl, "--calib", tiny_manifest, "-o", tmp_path / "q"]
+    refused(2, "Invalid value for '--bits'", *command, "--bits", "1.4")
+    refused(2, "bits 1.5: expected 2 to 4", *command, "--bits", "1.5", "--method", "rtn")
+    refused(2, "bits 1.5: expected 2 to 4", "plan", "-m", tiny_qwen2_vl, "--bits", "1.5", "--method", "rtn")
+    refused(2, "Invalid value for '--bits'", "demo", "-o", tmp_path / "d", "--bits", "1.5")
+    refused(2, "method 'awq' is not known", "plan", "-m", tiny_qwen2_vl, "--method", "awq")
 
 
 @pytest.mark.parametrize(

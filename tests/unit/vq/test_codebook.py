@@ -134,7 +134,7 @@ def test_sweep_cells_equal_gathered_ones():
     pivots, scales = roots @ roots.mT, 0.5 + torch.rand(10, generator=generator)
     targets = torch.randn(10, 16, generator=generator)
     indices = torch.randint(0, 8, (10, 4), generator=generator).to(torch.uint8)
-    samples = draw_samples(targets / scales[:, None], pivots, scales, 1_000, generator)
+    samples = draw_samples(targets / scales[:, None], pivots, scales.square(), 1_000, generator)
     expected = gather_cells(samples, indices.flatten().long(), 8)
     found = sweep_cells(targets, indices, pivots, scales, 8)
     torch.testing.assert_close(found.weights, expected.weights)
@@ -230,7 +230,7 @@ def test_chunks_are_drawn_whole():
     unit = 1000.0 * torch.arange(256.0)[:, None] + torch.arange(16.0)
     pivots = torch.eye(2) * (1 + torch.arange(8.0))[:, None, None]
     scales = 1 + torch.arange(256.0)
-    drawn = draw_chunks(unit, pivots, scales, 40 * 16, torch.Generator().manual_seed(0))
+    drawn = draw_chunks(unit, pivots, scales.square(), 40 * 16, torch.Generator().manual_seed(0))
     rows, columns = drawn.vectors[:, 0] // 1000, drawn.vectors[:, 0] % 1000
     by_chunk = rows.view(40, 16)
     assert torch.equal(by_chunk, by_chunk[:, :1] + 8 * torch.arange(16.0))
@@ -239,4 +239,4 @@ def test_chunks_are_drawn_whole():
     assert bool((columns.view(40, 16) == columns.view(40, 16)[:, :1]).all())
     expected = (1 + columns / 2) * (1 + rows) ** 2
     torch.testing.assert_close(drawn.metrics[:, 0, 0], expected)
-    assert len(draw_chunks(unit, pivots, scales, 10**6, torch.Generator()).vectors) == 256 * 8
+    assert len(draw_chunks(unit, pivots, scales.square(), 10**6, torch.Generator()).vectors) == 256 * 8

@@ -1,0 +1,57 @@
+"""Which parts of MGVQ are on: named in a method's name, so that every ablation is a method like any other.
+
+`mgvq` is the default recipe; `-part` takes a part out and `+part` puts one in: `mgvq-drift`, `mgvq-mix-deal+tune`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+
+from toolchain.errors import UsageError
+
+NAME = "mgvq"
+PATTERN = re.compile(r"([-+])([a-z]+)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of the method, each on or off."""
+
+    overlap: bool = True  # codes with overlapping windows, chosen per group by a dry run
+    mix: bool = True  # module 1: a code per group by sensitivity; one rate for all where off
+    deal: bool = True  # columns dealt over vectors, the order folded into their producers
+    fisher: bool = True  # rows and tokens weighted by the loss gradient: S_o, token weights
+    drift: bool = True  # module 2, first order: targets shifted for the inputs that quantized layers really give
+    descent: bool = True  # coordinate descent on the Kronecker objective after the sweep
+    rounds: bool = True  # Jacobi rounds over the whole model from a KL gradient
+    bias: bool = True  # closed-form bias correction
+    tune: bool = False  # end-to-end KL fine-tuning of tables, scales and norms
+
+    def __str__(self) -> str:
+        """The method's name that gives this recipe."""
+        default = Recipe()
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        return NAME + "".join(f"{'+' if getattr(self, name) else '-'}{name}" for name in changed)
+
+
+PARTS = tuple(field.name for field in fields(Recipe))
+
+
+def parse_recipe(name: str) -> Recipe:
+    """The recipe of a method named "mgvq", followed by any number of "-part" and "+part".
+
+    Raises:
+        UsageError: another method's name, an unknown part, or a part that is named twice.
+    """
+    rest = name.removeprefix(NAME)
+    found = PATTERN.findall(rest)
+    if rest == name or "".join(sign + part for sign, part in found) != rest:
+        raise UsageError(f"method {name!r}: expected mgvq, then any of -part or +part; parts are {', '.join(PARTS)}")
+    parts = [part for _, part in found]
+    for part in parts:
+        if part not in PARTS:
+            raise UsageError(f"method {name!r}: unknown part {part!r}; parts are {', '.join(PARTS)}")
+        if parts.count(part) > 1:
+            raise UsageError(f"method {name!r}: part {part!r} is named twice; name it once")
+    return replace(Recipe(), **{part: sign == "+" for sign, part in found})

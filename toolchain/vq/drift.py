@@ -1,0 +1,120 @@
+"""The first-order term: weights shifted, once, towards what full precision would have put out for the inputs that the
+quantized layers before really give.
+
+With x_q the quantized prefix's inputs and x_f the full-precision ones, min over W' of E‖W x_f − W' x_q‖² is
+W* = W C S_q⁻¹, C = E[x_f x_qᵀ], S_q = E[x_q x_qᵀ] (mgvq-algorithm 2.7, equation 13; the objective of GPTAQ,
+arXiv 2504.02692). The step W* − W is taken as far as the other half of the samples agrees (2.8, equation 14).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolchain.vq.curvature import solve_factor
+
+# Shares of the mean diagonal tried as Tikhonov damping of S_q; the one whose step serves the other half best is kept.
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+LEAST_STEP = 0.05  # below it the step is noise and is left out
+TRUST = 0.3  # of the quantization error's norm: as far as the quadratic model of the loss is believed
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Sums over tokens, weighted: mass Σ w, S_q Σ w x_q x_qᵀ, C Σ w x_f x_qᵀ; means Σ w x_q and Σ w x_f, [n]."""
+
+    mass: float
+    moment: Tensor
+    cross: Tensor
+    mean: Tensor
+    full_mean: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, full: Tensor, mass: Tensor) -> Pair:
+        """Of inputs x_q and x_f float32[N, n] with masses float32[N]."""
+        weighted = rows * mass[:, None]
+        cross = weighted.T @ rows if full is rows else (full * mass[:, None]).T @ rows
+        moment = cross if full is rows else weighted.T @ rows
+        return cls(float(mass.sum()), moment, cross, weighted.sum(dim=0), (full * mass[:, None]).sum(dim=0))
+
+    def added(self, other: Pair | None) -> Pair:
+        if other is None:
+            return self
+        return Pair(
+            self.mass + other.mass,
+            self.moment + other.moment,
+            self.cross + other.cross,
+            self.mean + other.mean,
+            self.full_mean + other.full_mean,
+        )
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Both halves of the samples, `halves`, and their sum, `whole`, which has mass 1."""
+
+    whole: Pair
+    halves: tuple[Pair, Pair] | None
+
+    @classmethod
+    def merged(cls, halves: Sequence[Pair | None]) -> PairMoments:
+        """From the sums of both halves; with one alone there is nothing to hold a step against."""
+        present = [half for half in halves if half is not None]
+        if len(present) < 2:
+            return cls(present[0], None)
+        return cls(present[0].added(present[1]), (present[0], present[1]))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The shift float32[m, n] to add to W (zero where the gate closed), its step η, and the damping of its regression."""
+
+    value: Tensor
+    step: float
+    damping: float
+
+
+def regression(pair: Pair, damping: float) -> Tensor:
+    """P = C S_q⁻¹ − I, float32[n, n]: W + W P maps x_q to what W makes of x_f, as nearly as a linear map can."""
+    moment, cross = pair.moment / pair.mass, pair.cross / pair.mass
+    return solve_factor(moment, (cross - moment).T, damping, "input moment").T
+
+
+def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
+    """η · W (C S_q⁻¹ − I), η what the held-out half allows, at most TRUST of the quantization error in length.
+
+    Args:
+        weight: float32[m, n].
+        pairs: of the layer's inputs.
+        trusted: tr(E S_q Eᵀ) of the error that quantizing W without a shift makes.
+    """
+    nothing = torch.zeros_like(weight)
+    if pairs.halves is None:
+        return Shift(nothing, 0.0, 0.0)
+    tried = []
+    for damping in DAMPINGS:
+        agreements = [_held_out(weight, a, b, damping) for a, b in (pairs.halves, pairs.halves[::-1])]
+        inner = sum(agreement[0] for agreement in agreements)
+        length = sum(agreement[1] for agreement in agreements)
+        step = min(max(inner / length, 0.0), 1.0) if length > 0 else 0.0
+        tried.append((-step * inner + 0.5 * step**2 * length, step, damping))
+    _, step, damping = min(tried)
+    step = 2 * step / (1 + step)
+    if step < LEAST_STEP:
+        return Shift(nothing, 0.0, damping)
+    value = weight @ regression(pairs.whole, damping)
+    size = float(((value @ (pairs.whole.moment / pairs.whole.mass)) * value).sum(dtype=torch.float64))
+    if step**2 * size > TRUST**2 * trusted:
+        step = TRUST * (trusted / size) ** 0.5
+    return Shift(step * value, step, damping)
+
+
+def _held_out(weight: Tensor, fitted: Pair, other: Pair, damping: float) -> tuple[float, float]:
+    """(⟨−G_B, N_A⟩, tr(N_A S_B N_Aᵀ)) for N_A = W P_A of the fitted half, G_B = −W (C_B − S_B) of the other."""
+    shift = weight @ regression(fitted, damping)
+    moment, cross = other.moment / other.mass, other.cross / other.mass
+    inner = ((weight @ (cross - moment)) * shift).sum(dtype=torch.float64)
+    return float(inner), float(((shift @ moment) * shift).sum(dtype=torch.float64))
