@@ -19,6 +19,9 @@ from toolchain.values import LayerSpec, Sample, sha256_file
 
 REQUIRED_KEYS = ("image", "prompt")
 OPTIONAL_KEYS = ("answer",)
+# A tied table is read twice: as the head, where the head's inputs weigh columns, and as the embedding, where none
+# counts more than another. Half of the metric for each.
+EMBEDDING_SHARE = 0.5
 
 
 def read_manifest(path: Path) -> list[Sample]:
@@ -206,3 +209,9 @@ def _accumulate(sums: _Sums, spec: LayerSpec, x: Tensor, kernel: tuple[int, ...]
     sums.add("text", rows[~is_image])
     if spec.part == "language":
         sums.add("image", rows[is_image])
+
+
+def tied_moment(moment: Tensor) -> Tensor:
+    """H float32[n, n] of a table that is head and embedding at once, from the second moment of the head's inputs."""
+    identity = torch.eye(len(moment), device=moment.device)
+    return (1 - EMBEDDING_SHARE) * moment + EMBEDDING_SHARE * moment.diagonal().mean() * identity

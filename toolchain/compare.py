@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from toolchain.baselines import rotated
-from toolchain.baselines.compared import ComparedMethod
 from toolchain.baselines.dense import quantize_dense
 from toolchain.bitplan import BitCount
 from toolchain.bitplan import plan as plan_bits
 from toolchain.calibration import CalibrationInput, calibration_inputs
 from toolchain.checkpoint import load_model, load_quantized, open_checkpoint
 from toolchain.compare_rows import Measured, Pictures, full_precision_row, no_pair, pair_with, row_of
+from toolchain.dealing import load_dealt, read_orders
 from toolchain.errors import UsageError
 from toolchain.evaluate import (
     answer_all,
@@ -39,8 +38,6 @@ from toolchain.recipe import NAME as OURS
 from toolchain.recipe import parse_recipe
 from toolchain.values import LayerSpec, Sample
 
-# What no checkpoint can hold. GPTQ behind a rotation needs its activations rotated when the model runs.
-DENSE_METHODS: dict[str, ComparedMethod] = COMPARED | {"gptq-rotated": rotated.quantize_group}
 # They draw nothing: one seed says all.
 SEEDLESS = ("rtn", "gptq")
 
@@ -74,6 +71,7 @@ class Quantized:
     bits: dict[str, BitCount]
     layers: tuple[LayerResult, ...]
     seconds: float
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def is_known(name: str) -> bool:
@@ -82,7 +80,7 @@ def is_known(name: str) -> bool:
     Raises:
         UsageError: it begins like one of ours and names parts that there are none of.
     """
-    if name in METHODS or name in DENSE_METHODS:
+    if name in METHODS or name in COMPARED:
         return True
     if not name.startswith(OURS):
         return False
@@ -96,7 +94,7 @@ def check_methods(methods: Sequence[str], against: str | None = None) -> str | N
     Raises:
         UsageError: a name that is no method, one given twice, or `against` is not among them.
     """
-    known = ", ".join([*METHODS, *DENSE_METHODS])
+    known = ", ".join([OURS, *METHODS, *COMPARED])
     for name in methods:
         if not is_known(name):
             raise UsageError(f"method {name!r} is not known; compare any of {known}")
@@ -260,19 +258,27 @@ def _quantize(bench: _Bench, method: str, bits: float, seed: int) -> Quantized:
     def step(layer: LayerResult, done: int, total: int) -> None:
         bench.report.step(done, total, layer.name)
 
+    def watch(what: str, done: int, total: int) -> None:
+        bench.report.step(done, total, what)
+
     folder, samples = bench.folder, bench.calibration
-    if method in DENSE_METHODS:
-        dense = quantize_dense(folder, samples, method=DENSE_METHODS[method], bits=bits, seed=seed, progress=step)
+    if method in COMPARED:
+        dense = quantize_dense(folder, samples, method=COMPARED[method], bits=bits, seed=seed, progress=step)
         return Quantized(dense.model, dense.bits, dense.layers, dense.seconds)
     with tempfile.TemporaryDirectory(prefix="mgvq-compare-") as temporary:
         out = Path(temporary) / method
-        result = quantize_checkpoint(folder, samples, out, method=method, bits=bits, seed=seed, progress=step)
-        return Quantized(load_quantized(out), result.bits, result.layers, result.seconds)
+        result = quantize_checkpoint(
+            folder, samples, out, method=method, bits=bits, seed=seed, progress=step, watch=watch
+        )
+        return Quantized(load_quantized(out), result.bits, result.layers, result.seconds, read_orders(out))
 
 
 def _layers(bench: _Bench, found: Quantized) -> tuple[dict[str, Any], ...]:
     """`layers` of a row: the layers as they were quantized, then those whose codes are tied to one of them."""
-    errors = layer_errors(bench.dense, found.model, bench.inputs, bench.specs, _stepper(bench))
+    dense = bench.dense
+    if found.orders:
+        dense = load_dealt(bench.folder, bench.family, read_config(bench.folder), found.orders)
+    errors = layer_errors(dense, found.model, bench.inputs, bench.specs, _stepper(bench))
     measured = {error.name: error.to_json() for error in errors}
     tied_to = {spec.name: spec.tied_to for spec in bench.specs}
     known = {layer.name: {k: v for k, v in asdict(layer).items() if k != "seconds"} for layer in found.layers}

@@ -6,7 +6,7 @@ is kept, and a whole model is measured in one pass over its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput, calibration_inputs
 from toolchain.checkpoint import load_any
+from toolchain.dealing import load_dealt
 from toolchain.errors import ShapeError, UsageError
 from toolchain.models.family import family_for, read_config
 from toolchain.modules import keep_decoded, patch_rows, vq_modules
@@ -170,13 +171,18 @@ def _split(spec: LayerSpec, is_image: Tensor, sums: _Sums, difference: Tensor, o
 
 
 def checkpoint_layer_errors(
-    folder: Path, model: nn.Module, samples: Sequence[Sample], progress: Callable[[int, int], None]
+    folder: Path,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    progress: Callable[[int, int], None],
+    orders: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """{"name", "part", "code", "error_text", "error_image", "error_both"} of every layer of `model` that is quantized.
 
     Args:
         folder: the checkpoint to measure from, as a rule the full-precision one `model` was made from. It is gone from
             memory afterwards.
+        orders: that the quantized model's columns are in (`dealing.read_orders`).
 
     Raises:
         InputDataError: the checkpoint is broken.
@@ -189,7 +195,7 @@ def checkpoint_layer_errors(
     family = family_for(config)
     specs = [spec for spec in family.layers(config) if spec.name in codes]
     inputs = calibration_inputs(family.load_processor(folder), samples)
-    reference = load_any(folder)
+    reference = load_dealt(folder, family, config, orders) if orders else load_any(folder)
     with keep_decoded(reference):
         errors = layer_errors(reference, model, inputs, specs, lambda done: progress(done, len(inputs)))
     return [{"name": e.name, "part": e.part, "code": codes[e.name]} | e.to_json() for e in errors]

@@ -19,7 +19,7 @@ from toolchain.errors import BudgetError, InputDataError
 from toolchain.evaluate import refuse_overlap
 from toolchain.folders import Checkpoint, open_checkpoint
 from toolchain.models.family import Family, chat_template, family_for, read_config, read_json
-from toolchain.planning import ModelPlan, parse_image, plan_model
+from toolchain.planning import ModelPlan, overlapping_codes, parse_image, plan_model
 from toolchain.report import write_report
 from toolchain.report.data import report_data
 from toolchain.runfolder import RunFolder, StageResult
@@ -70,6 +70,7 @@ def check(settings: Settings) -> Checked:
         parse_image(settings.plan.image),
         settings.budget_bytes,
         tuple(settings.quantize.codes.items()),
+        overlapping=overlapping_codes(settings.quantize.method),
     )
     if plan.problems:
         advice = "; ".join(a.text for a in plan.advice) or "choose a larger target (mgvq targets)"
@@ -113,6 +114,7 @@ def _plan_stage(checked: Checked, run: RunFolder, reporter: Reporter) -> StageRe
     settings = checked.settings
     inputs: dict[str, Any] = {"config": sha256_file(settings.model / "config.json")}
     inputs["target"] = checked.target.to_json()
+    inputs |= {"method": settings.quantize.method, "budget_bytes": settings.budget_bytes}
     inputs |= {"bits": settings.quantize.bits, "codes": settings.quantize.codes, "plan": settings.plan.model_dump()}
     result = run.stage("10-plan", inputs, work)
     usable = checked.plan.memory.usable_bytes / 2**20
@@ -133,16 +135,20 @@ def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: 
             folder,
             method=method,
             bits=settings.quantize.bits,
+            budget_bytes=settings.budget_bytes if settings.quantize.bits is None else None,
             overrides=list(settings.quantize.codes.items()),
             seed=settings.quantize.seed,
             progress=lambda layer, done, total: reporter.step(done, total, layer.name),
+            watch=lambda what, done, total: reporter.step(done, total, what),
         )
         return quantize_summary(result)
 
-    reporter.stage(f"quantize   {method}, {settings.quantize.bits:g} index bits, {len(checked.calibration)} samples")
+    bits = settings.quantize.bits
+    limit = f"{settings.budget_bytes:,} bytes" if bits is None else f"{bits:g} index bits"
+    reporter.stage(f"quantize   {method}, {limit}, {len(checked.calibration)} samples")
     shards = {path.name: sha256_file(path) for path in checked.checkpoint.shards}
-    inputs = {"weights": shards, "calibration": samples_hash(checked.calibration), "method": method}
-    inputs |= {"settings": settings.quantize.model_dump(exclude={"method"})}
+    inputs: dict[str, Any] = {"weights": shards, "calibration": samples_hash(checked.calibration), "method": method}
+    inputs |= {"settings": settings.quantize.model_dump(exclude={"method"}), "budget_bytes": settings.budget_bytes}
     result = run.stage(name, inputs, work)
     reporter.done(
         f"{_note(result)}{result.summary['layers']} layers, "

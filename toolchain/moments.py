@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
 from toolchain.errors import InputDataError
-from toolchain.statistics import layer_rows
+from toolchain.statistics import TOKEN_PARTS, layer_rows, split_masses
 from toolchain.values import LayerSpec
 from toolchain.vq.drift import Pair, PairMoments
 
@@ -19,6 +19,16 @@ Masses = Mapping[str, list[Tensor]]
 
 class _AllSeenError(Exception):
     """Ends a forward pass: every layer asked about has been reached."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One forward pass over all samples: group → token masses (`calibration`'s: every modality alike) and diag E[x xᵀ],
+    float32[n], with those masses.
+    """
+
+    masses: dict[str, list[Tensor]]
+    energies: dict[str, Tensor]
 
 
 @dataclass
@@ -46,7 +56,7 @@ def collect_pairs(
         masses: group → float32[tokens] a sample.
 
     Raises:
-        InputDataError: a group sees other token counts than its masses have.
+        InputDataError: a group sees other token counts than its masses have, or a sample does not reach it.
     """
     first: dict[str, LayerSpec] = {}
     for spec in specs:
@@ -69,8 +79,48 @@ def collect_pairs(
     return {group: PairMoments.merged(pair) for group, pair in halves.items()}
 
 
+def survey_inputs(
+    model: nn.Module,
+    inputs: Sequence[CalibrationInput],
+    specs: Sequence[LayerSpec],
+    progress: Callable[[int, int], None] | None = None,
+) -> Survey:
+    """Token masses with half for either modality in the decoder, and how loud every input column is."""
+    first: dict[str, LayerSpec] = {}
+    for spec in specs:
+        first.setdefault(spec.group, spec)
+    squares: dict[str, list[Tensor]] = {group: [] for group in first}
+    counts: dict[str, list[Tensor]] = {group: [] for group in first}
+    for number, one in enumerate(inputs):
+        for group, rows in inputs_of(model, one, first).items():
+            image = one.is_image.to(rows.device)
+            mixed = first[group].part in TOKEN_PARTS and len(rows) == len(image)
+            kinds = [rows[image], rows[~image]] if mixed else [rows]
+            squares[group].append(torch.stack([kind.square().sum(dim=0) for kind in kinds]))
+            counts[group].append(torch.ones(len(rows)))
+        if progress:
+            progress(number + 1, len(inputs))
+    masses = {group: split_masses(counts[group], spec, inputs, power=0.0) for group, spec in first.items()}
+    return Survey(masses, {group: _energies(squares[group], masses[group], inputs) for group in first})
+
+
+def _energies(squares: list[Tensor], masses: list[Tensor], inputs: Sequence[CalibrationInput]) -> Tensor:
+    """Σ_t mass_t x_t² from sums a modality, whose tokens have one mass each."""
+    total = torch.stack(squares).sum(dim=0)
+    flat = torch.cat(masses).to(total.device)
+    if len(total) == 1:
+        return total[0] * flat[0]
+    marks = torch.cat([one.is_image for one in inputs]).to(total.device)
+    own = torch.stack([flat[mark].max() if bool(mark.any()) else flat.new_zeros(()) for mark in (marks, ~marks)])
+    return own @ total
+
+
 def inputs_of(model: nn.Module, one: CalibrationInput, layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-    """Group → float32[tokens, n], the inputs of one layer a group; the pass ends at the last one."""
+    """Group → float32[tokens, n], the inputs of one layer a group; the pass ends at the last one.
+
+    Raises:
+        InputDataError: the input does not reach one of the layers.
+    """
     seen = _Seen({})
 
     def hook_for(group: str, spec: LayerSpec):
@@ -93,4 +143,7 @@ def inputs_of(model: nn.Module, one: CalibrationInput, layers: Mapping[str, Laye
     finally:
         for handle in handles:
             handle.remove()
+    missed = [spec.name for group, spec in layers.items() if group not in seen.rows]
+    if missed:
+        raise InputDataError(f"layer {missed[0]}: a calibration input does not reach it; every line needs a picture")
     return seen.rows

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
+from toolchain.errors import InputDataError
 from toolchain.modules import patch_rows
 from toolchain.values import LayerSpec
 from toolchain.vq.curvature import token_masses, unit_mean
@@ -25,13 +26,18 @@ TOKEN_PARTS = ("language", "head")
 
 @dataclass(frozen=True)
 class Probe:
-    """One sequence's gradient of one layer in factors, G_b = δᵀ x: δ float32[t, m] and x float32[t, n]."""
+    """One sequence's gradient of one layer in factors, G_b = δᵀ x: δ float32[t, m] and x float32[t, n].
+
+    Of an embedding x is the ids int64[t] and δ float32[t, n]: row `id` of G_b is the sum of its tokens' δ.
+    """
 
     outputs: Tensor
     inputs: Tensor
 
     def product(self, difference: Tensor) -> float:
         """⟨G_b, E⟩ for E float32[m, n], without G_b ever being whole."""
+        if not self.inputs.is_floating_point():
+            return float((difference[self.inputs] * self.outputs).sum(dtype=torch.float64))
         return float(((self.outputs @ difference) * self.inputs).sum(dtype=torch.float64))
 
 
@@ -59,7 +65,11 @@ class _Sums:
 
 
 def layer_rows(x: Tensor, spec: LayerSpec, module: nn.Module) -> Tensor:
-    """float32[tokens, n]: what a layer's weight multiplies, from the input of its module."""
+    """float32[tokens, n]: what a layer's weight multiplies, from the input of its module; ids int64[tokens] of an
+    embedding.
+    """
+    if spec.kind == "embedding":
+        return x.detach().reshape(-1)
     if spec.kind == "conv":
         kernel: Any = getattr(module, "kernel_size", None) or module.kernel
         x = patch_rows(x, tuple(kernel))
@@ -70,14 +80,14 @@ def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:
     """float32[tokens, m] from a layer's output, or from its gradient."""
     if spec.kind == "conv":
         y = y.movedim(1, -1)
-    return y.detach().reshape(-1, spec.rows).float()
+    return y.detach().reshape(-1, spec.columns if spec.kind == "embedding" else spec.rows).float()
 
 
 @contextmanager
 def watched_layers(
     model: nn.Module, specs: Iterable[LayerSpec], see: Callable[[LayerSpec, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """While the context lasts, `see(spec, x [tokens, n], δ [tokens, m])` is called for all layers a backward reaches."""
+    """While the context lasts, `see(spec, x [tokens, n], δ [tokens, m])` is called for layers a backward reaches."""
     handles = []
 
     def hook_for(spec: LayerSpec):
@@ -85,7 +95,8 @@ def watched_layers(
             rows = layer_rows(arguments[0], spec, module)
             if not output.requires_grad:
                 output.requires_grad_(True)
-            output.register_hook(lambda gradient: see(spec, rows, output_rows(gradient, spec)))
+            # A copy: the gradient of a first layer's output is what a second backward pass adds its own into.
+            output.register_hook(lambda gradient: see(spec, rows, output_rows(gradient, spec).clone()))
 
         return hook
 
@@ -114,10 +125,13 @@ def collect_loss_statistics(
 
     Args:
         model: with parameters that need no gradient; gradients flow from the first layers' outputs on.
-        specs: linears and convolutions.
+        specs: linears and convolutions; an embedding gives probes alone.
         held_out: samples whose gradients are kept as probes, and stay out of the S_o.
         rows_up_to: layers of at most so many outputs get an S_o.
         power: of the gradient norm in a token's mass (`curvature.token_masses`).
+
+    Raises:
+        InputDataError: the loss of some sample does not reach a layer, or reaches it more than once.
     """
     sums = {spec.name: _Sums() for spec in specs}
     apart = set(held_out)
@@ -133,7 +147,7 @@ def collect_loss_statistics(
             own.norms[-1] += norms / draws
         if state["sample"] in apart:
             own.probes.append(Probe(delta, x))
-        elif spec.rows <= rows_up_to:
+        elif spec.rows <= rows_up_to and spec.kind != "embedding":
             # G_b G_bᵀ = δᵀ (x xᵀ) δ, G_b never formed where a sequence has fewer tokens than the layer columns.
             rows = delta.T @ ((x @ x.T) @ delta) if len(x) <= spec.columns else _outer(delta.T @ x)
             own.rows = rows if own.rows is None else own.rows + rows
@@ -157,7 +171,7 @@ def _outer(gradient: Tensor) -> Tensor:
 
 
 def answer_scores(model: nn.Module, one: CalibrationInput) -> Tensor:
-    """float32[t, v]: log-probabilities of each answer token given what is before it; of the next token without answer."""
+    """float32[t, v]: log-probabilities of each answer token given what is before it, or of the next token."""
     tokens = one.answer_tokens
     logits = model(**one.tensors, use_cache=False, logits_to_keep=tokens + 1).logits[0]
     return torch.log_softmax((logits[:-1] if tokens else logits).float(), dim=-1)
@@ -176,7 +190,8 @@ def _statistics(
     found = LossStatistics()
     groups: dict[str, list[LayerSpec]] = {}
     for spec in specs:
-        groups.setdefault(spec.group, []).append(spec)
+        if spec.kind != "embedding":
+            groups.setdefault(spec.group, []).append(spec)
         own = sums[spec.name]
         if own.rows is not None:
             found.rows[spec.name] = unit_mean(own.rows)
@@ -184,6 +199,12 @@ def _statistics(
             found.probes[spec.name] = own.probes
     for group, members in groups.items():
         rows = sum(spec.rows for spec in members)
+        for spec in members:
+            if len(sums[spec.name].norms) != len(inputs):
+                raise InputDataError(
+                    f"layer {spec.name}: the loss of {len(sums[spec.name].norms)} of {len(inputs)} calibration inputs "
+                    "reaches it, expected every one; every line needs a picture, and a layer must run once a pass"
+                )
         shares = [[norms * (spec.rows / rows) for norms in sums[spec.name].norms] for spec in members]
         norms = [torch.stack(parts).sum(dim=0) for parts in zip(*shares, strict=True)]
         found.masses[group] = split_masses(norms, members[0], inputs, power)

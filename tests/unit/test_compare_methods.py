@@ -15,7 +15,7 @@ from toolchain.bitplan import real_bits
 from toolchain.calibration import read_manifest
 from toolchain.checkpoint import load_model, load_quantized
 from toolchain.cli import main
-from toolchain.compare import DENSE_METHODS, check_methods, compare_methods, is_known
+from toolchain.compare import check_methods, compare_methods, is_known
 from toolchain.errors import InputDataError, UsageError
 from toolchain.evaluate import answer_log_probabilities, check_answers
 from toolchain.methods import COMPARED, METHODS
@@ -118,7 +118,7 @@ def test_seeds_are_averaged(rows, tiny_qwen2_vl, samples):
 
 
 def test_names_are_known_or_not():
-    assert all(is_known(name) for name in (*METHODS, *DENSE_METHODS, "mgvq-drift", "mgvq-mix+tune"))
+    assert all(is_known(name) for name in (*METHODS, *COMPARED, "mgvq-drift", "mgvq-mix+tune"))
     assert not is_known("awq")
     with pytest.raises(UsageError, match="unknown part 'nothing'"):
         is_known("mgvq-nothing")

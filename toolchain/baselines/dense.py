@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from toolchain.baselines.compared import ComparedMethod
 from toolchain.bitplan import KEPT_BYTES, BitCount, part_of_kept
 from toolchain.bitplan import plan as plan_bits
-from toolchain.calibration import CalibrationInput, calibration_inputs, collect_moments
+from toolchain.calibration import CalibrationInput, calibration_inputs, collect_moments, tied_moment
 from toolchain.checkpoint import load_model
 from toolchain.errors import MgvqError
 from toolchain.models.family import family_for, read_config
 from toolchain.models.inventory import kept_parameters
-from toolchain.quantize import LayerResult, Progress, group_generator, tied_moment
+from toolchain.sequence import LayerResult, Progress, group_generator
 from toolchain.values import PARTS, BitPlan, LayerSpec, Sample, VQCode
 from toolchain.vq.weights import Options
 

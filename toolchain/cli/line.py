@@ -172,6 +172,7 @@ def evaluate(
     """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest; with --reference, KL divergence too."""
     from toolchain.calibration import read_manifest
     from toolchain.checkpoint import load_any
+    from toolchain.dealing import read_orders
     from toolchain.evaluate import answer_all, checkpoint_log_probabilities, divergence_from, refuse_overlap
     from toolchain.layer_errors import checkpoint_layer_errors
     from toolchain.models.family import family_for, read_config
@@ -195,7 +196,9 @@ def evaluate(
     with keep_decoded(loaded):
         found = answer_all(processor.host, torch_graphs(family, loaded), samples, max_new_tokens, progress.step)
         interval = divergence_from(expected, loaded, processor, samples, 0, progress.step) if expected else None
-        lost = checkpoint_layer_errors(reference, loaded, samples, progress.step) if layers and reference else None
+        lost = None
+        if layers and reference:
+            lost = checkpoint_layer_errors(reference, loaded, samples, progress.step, read_orders(model))
     result, text = _evaluation(found)
     if interval:
         result |= interval.to_json()

@@ -50,6 +50,10 @@ def quantize(
     ] = "mgvq",
     code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
     seed: SeedOption = 0,
+    resume: Annotated[
+        str,
+        typer.Option(help="auto: go on where a killed run was; required: only that; never: begin anew."),
+    ] = "auto",
     form: FormatOption = Format.text,
 ) -> None:
     """Quantize a checkpoint into a folder that from_pretrained loads after `import toolchain.hf`."""
@@ -74,6 +78,8 @@ def quantize(
         overrides=overrides,
         seed=seed,
         progress=lambda layer, done, total: progress.step(done, total, layer.name),
+        watch=lambda what, done, total: progress.step(done, total, what),
+        resume=resume,
     )
     summary = quantize_summary(result)
     rows = [

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoint import load_model, load_quantized
+from toolchain.checkpoint import load_quantized
+from toolchain.dealing import load_dealt, read_orders
 from toolchain.device.answer import greedy
 from toolchain.device.families import Prepared
 from toolchain.device.families.base import open_image
@@ -26,7 +27,7 @@ from toolchain.errors import NumericGateError
 from toolchain.graph.compare import Source, ValidationReport, answered, compare_calls
 from toolchain.graph.plugin_op import device_graphs
 from toolchain.graph.reference import Call, record_calls, store_reference
-from toolchain.models.family import Family, Processor
+from toolchain.models.family import Family, Processor, read_config
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded
 from toolchain.values import FORMAT_VERSION, Sample, write_json
@@ -139,7 +140,8 @@ def validate_line(
     with keep_decoded(loaded):
         calls = record_calls(host, torch_graphs(family, loaded), mixed_batches(prompts), steps)
         expected = [_generate(loaded, processor, sample) for sample in samples]
-    floating = Source(FLOAT, torch_graphs(family, load_model(model)))
+    full = load_dealt(model, family, read_config(model), read_orders(quantized))
+    floating = Source(FLOAT, torch_graphs(family, full))
     rewritten = Source(DEVICE, device_graphs(device))
     reports = (
         compare_calls(FLOAT, answered(floating, calls), QUANTIZED, calls, budget=None),

@@ -12,15 +12,16 @@ from toolchain.errors import NumericGateError
 
 RETRY_FACTOR = 3.0
 RETRIES = 6
-LEAST_SHARE = 0.2  # of the mass a modality keeps, however little the loss asks of its tokens
+LEAST_SHARE = 0.2  # α_min, before shares are divided by their sum: a modality keeps 1/6 of the mass at least
 
 
 def token_masses(gradient_norms: Tensor, is_image: Tensor | None, power: float = 1.0) -> Tensor:
     """float32[N], summing to 1: how much each token counts in S_i.
 
     Each modality μ shares its mass α_μ among its tokens as ω_t = s_t^power, s_t = ‖δ_t‖² / m, with α_μ its share of
-    Σ ω, lifted to at least LEAST_SHARE (mgvq-algorithm 2.2, equation 2; GuidedQuant, arXiv 2505.07004, for one
-    modality). Power 0 counts tokens of a modality alike and gives either modality half.
+    Σ ω, lifted to LEAST_SHARE and divided by their sum again (mgvq-algorithm 2.2, equation 2; GuidedQuant, arXiv
+    2505.07004, for one modality). Power 0 counts tokens of a modality alike and gives either modality half. A modality
+    that no loss reaches at all has no mass; where none is reached, all tokens count alike.
 
     Args:
         gradient_norms: float32[N], s_t; a token no loss reaches has 0.
@@ -37,7 +38,7 @@ def token_masses(gradient_norms: Tensor, is_image: Tensor | None, power: float =
     shares = shares / shares.sum()
     masses = torch.zeros_like(weights)
     for kind, share in zip(kinds, shares):
-        masses[kind] = share * weights[kind] / weights[kind].sum()
+        masses[kind] = share * (weights[kind] / weights[kind].sum())
     return masses
 
 

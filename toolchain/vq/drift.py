@@ -70,7 +70,7 @@ class PairMoments:
 
 @dataclass(frozen=True)
 class Shift:
-    """The shift float32[m, n] to add to W (zero where the gate closed), its step η, and the damping of its regression."""
+    """The shift float32[m, n] to add to W (zero where the gate closed), its step η, and its regression's damping."""
 
     value: Tensor
     step: float

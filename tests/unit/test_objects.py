@@ -1,0 +1,84 @@
+"""The store: pieces that are whole or not there, and that belong to one key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toolchain.errors import InputDataError, UsageError
+from toolchain.objects import ObjectStore
+
+KEY = {"seed": 0, "limits": {"bits": 2.0}}
+TENSORS = {
+    "table": torch.arange(8, dtype=torch.float16).reshape(4, 2),
+    "codes": torch.tensor([1, 2], dtype=torch.uint8),
+}
+
+
+def test_a_piece_comes_back_with_its_value(tmp_path):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    store.put("group.a", TENSORS, [{"name": "a", "error": 0.5}])
+    tensors, value = ObjectStore.open(tmp_path / "s", KEY).get("group.a")
+    assert value == [{"name": "a", "error": 0.5}]
+    assert {name: t.dtype for name, t in tensors.items()} == {name: t.dtype for name, t in TENSORS.items()}
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert store.get("group.b") is None
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    made = []
+
+    def make():
+        made.append(1)
+        return TENSORS, {"n": 1}
+
+    first, second = store.made("x", make), store.made("x", make)
+    assert len(made) == 1
+    assert first[1] == second[1] == {"n": 1}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_broken_piece_is_made_again(tmp_path, damage):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    store.put("x", TENSORS, None)
+    path = next((tmp_path / "s").glob("x.*.safetensors"))
+    path.write_bytes(damage(path.read_bytes()))
+    assert store.get("x") is None
+    assert torch.equal(store.made("x", lambda: (TENSORS, 3))[0]["codes"], TENSORS["codes"])
+
+
+def test_a_name_that_begins_another_is_not_it(tmp_path):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    store.put("group.layers.1", TENSORS, 1)
+    store.put("group.layers.1.mlp", TENSORS, 2)
+    store.put("group.layers.1", TENSORS, 3)
+    assert store.get("group.layers.1")[1] == 3
+    assert store.get("group.layers.1.mlp")[1] == 2
+
+
+def test_another_key_begins_anew(tmp_path):
+    ObjectStore.open(tmp_path / "s", KEY).put("x", TENSORS, 1)
+    assert ObjectStore.open(tmp_path / "s", KEY | {"seed": 1}).get("x") is None
+    assert ObjectStore.open(tmp_path / "s", KEY).get("x") is None, "the pieces of another run are gone"
+
+
+def test_nothing_is_written_before_the_first_piece(tmp_path):
+    ObjectStore.open(tmp_path / "s", KEY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_never_begins_anew(tmp_path):
+    ObjectStore.open(tmp_path / "s", KEY).put("x", TENSORS, 1)
+    assert ObjectStore.open(tmp_path / "s", KEY, "never").get("x") is None
+
+
+def test_required_says_what_differs(tmp_path):
+    with pytest.raises(InputDataError, match="there is none"):
+        ObjectStore.open(tmp_path / "s", KEY, "required")
+    ObjectStore.open(tmp_path / "s", KEY).put("x", TENSORS)
+    with pytest.raises(InputDataError, match="it differs in seed"):
+        ObjectStore.open(tmp_path / "s", KEY | {"seed": 1}, "required")
+    assert ObjectStore.open(tmp_path / "s", KEY, "required").folder == tmp_path / "s"
+    with pytest.raises(UsageError, match="expected one of auto, required, never"):
+        ObjectStore.open(tmp_path / "s", KEY, "sometimes")

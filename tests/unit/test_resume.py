@@ -1,0 +1,81 @@
+"""A run that is killed, again and again, ends in the bytes of one that was not."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from toolchain.calibration import read_manifest
+from toolchain.errors import InputDataError
+from toolchain.quantize import quantize_checkpoint
+from toolchain.vq.weights import Options
+
+FAST = {"rounds": 1, "lloyd_rounds": 2, "samples": 1_000}
+SETTINGS = ", ".join(f"{key}={value}" for key, value in FAST.items())
+RUN = f"""
+import os, signal, sys, torch
+from toolchain.calibration import read_manifest
+from toolchain.quantize import quantize_checkpoint
+from toolchain.vq.weights import Options
+
+model, manifest, out, stop, method = sys.argv[1:]
+torch.set_num_threads(1)
+
+def kill(layer, done, total):
+    if done == int(stop):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+options = Options({SETTINGS})
+quantize_checkpoint(model, read_manifest(manifest), out, bits=2.25, method=method, progress=kill, options=options)
+"""
+SAME = ("model.safetensors", "config.json", "bitplan.json")
+
+
+def run(model, manifest, out, stop, method):
+    command = [sys.executable, "-c", RUN, str(model), str(manifest), str(out), str(stop), method]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_killed_runs_end_in_the_same_bytes(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    method = "mgvq"
+    whole = run(tiny_qwen2_vl, tiny_manifest, tmp_path / "whole", 0, method)
+    assert whole.returncode == 0, whole.stderr
+    layers = 1 + len((tmp_path / "whole" / "layers.json").read_text().split('"name"')) - 2
+    stops = sorted(random.Random(method).sample(range(1, layers), 2))
+    for stop in stops:
+        killed = run(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed", stop, method)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (tmp_path / "killed").exists()
+    finished = run(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed", 0, method)
+    assert finished.returncode == 0, finished.stderr
+    for name in SAME:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"], "the pieces are gone"
+
+
+def test_finished_groups_are_not_made_again(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    seen = []
+
+    def stop(layer, done, total):
+        seen.append(layer)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    settings = {"method": "gptvq", "options": Options(**FAST)}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny_qwen2_vl, read_manifest(tiny_manifest), tmp_path / "q", progress=stop, **settings)
+    result = quantize_checkpoint(
+        tiny_qwen2_vl, read_manifest(tiny_manifest), tmp_path / "q", resume="required", **settings
+    )
+    assert result.layers[:5] == tuple(seen), "even their seconds are those of the first run"
+
+
+def test_required_refuses_to_begin(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    with pytest.raises(InputDataError, match="nothing to resume"):
+        quantize_checkpoint(
+            tiny_qwen2_vl, read_manifest(tiny_manifest), tmp_path / "q", method="rtn", resume="required"
+        )

@@ -1,0 +1,132 @@
+"""Verbs that measure us on this machine: bench quantize."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolchain.cli.app import app
+from toolchain.cli.common import Format, FormatOption, Progress, SeedOption, emit, size, table
+
+bench = typer.Typer(help="Measure mgvq itself on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+COLUMNS = ["group", "rows x columns", "method", "code", "part", "seconds", "CPU seconds", "all blocks"]
+PARTS_HELP = "Parts with commas between: statistics,drift,factor,sweep,descent (factor is done inside sweep too)."
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@bench.command()
+def quantize(
+    shapes: Annotated[str, typer.Option(help="Decoder: qwen2-vl-2b, qwen2-vl-7b, internvl2-8b or demo.")],
+    layers: Annotated[int, typer.Option(min=1, help="Blocks to measure; the others are identical.")] = 1,
+    code: Annotated[list[str] | None, typer.Option("--code", help='"V,k,L", repeatable; 2,4,8 when absent.')] = None,
+    groups: Annotated[str | None, typer.Option(help="Groups of a block: qkv,o,gate_up,down; all when absent.")] = None,
+    parts: Annotated[str | None, typer.Option(help=PARTS_HELP)] = None,
+    device: Annotated[Device, typer.Option(help="Where to quantize.")] = Device.cpu,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that statistics are taken over.")] = 2048,
+    rows: Annotated[float, typer.Option(help="Share of every layer's rows; below 1 nothing is extrapolated.")] = 1.0,
+    columns: Annotated[float, typer.Option(help="Share of its columns; below 1 nothing is extrapolated.")] = 1.0,
+    peers: Annotated[bool, typer.Option(help="Sweep by GPTQ and in code 4,8,8 too.")] = True,
+    seed: SeedOption = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench-quantize.json; must be new.")
+    ] = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Time quantization of a published decoder's layers, with random weights. No checkpoint is needed."""
+    from toolchain.bench.parts import PARTS
+    from toolchain.bench.quantize import Request, bench_quantize
+    from toolchain.folders import check_output, staged_folder
+    from toolchain.values import write_json
+
+    if output is not None:
+        check_output(output)
+    request = Request(
+        shapes,
+        layers,
+        tuple(code or ["2,4,8"]),
+        None if groups is None else listed(groups),
+        PARTS if parts is None else listed(parts),
+        device.value,
+        tokens,
+        rows,
+        columns,
+        peers,
+        seed,
+    )
+    progress = Progress()
+    progress.stage(f"quantizing layers of {shapes} on {device.value}")
+    result = bench_quantize(request, progress.step)
+    progress.done(result["measured"])
+    if output is not None:
+        with staged_folder(output) as folder:
+            write_json(folder / "bench-quantize.json", result)
+    emit(result, result_text(result), form)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The names in "a,b"."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """`bench.quantize.bench_quantize`'s result for people."""
+    machine, decoder = result["machine"], result["decoder"]
+    shapes = {
+        one["group"]: f"{'+'.join(map(str, one['quantized_rows']))} x {one['quantized_columns']}"
+        for one in result["groups"]
+    }
+    lines = [dict(zip(COLUMNS, _cells(row, shapes[row["group"]]), strict=True)) for row in result["rows"]]
+    peaks = ", ".join(f"{one['group']} {size(one['peak_bytes'])}" for one in result["groups"])
+    kind = "peak GPU memory" if machine["device"] == "cuda" else "peak resident memory of the process so far"
+    return "\n".join(
+        [
+            f"{decoder['name']}, {decoder['blocks']} blocks, on {machine['name']}, {machine['threads']} threads, "
+            f"torch {machine['torch']}, load {machine['load_average']}",
+            table(lines, COLUMNS),
+            "",
+            *(_total_text(one) for one in result["totals"]),
+            *(_ratio_text(one) for one in result["ratios"]),
+            f"{kind}: {peaks}",
+            f"measured: {result['measured']}",
+            f"extrapolated: {result['extrapolated']}",
+            f"not in it: {result['excluded']}",
+        ]
+    )
+
+
+def _cells(row: dict[str, Any], shape: str) -> list[str]:
+    part = row["part"] if row["is_in_sums"] or row["part"] == "sweep" else f"{row['part']} (in sweep)"
+    all_blocks = "-" if row["decoder_seconds"] is None else duration(row["decoder_seconds"])
+    seconds = [f"{row[key]:.3f}" for key in ("mean_seconds", "mean_cpu_seconds")]
+    return [row["group"], shape, row["method"], row["code"] or "any", part, *seconds, all_blocks]
+
+
+def _total_text(one: dict[str, Any]) -> str:
+    parts = " + ".join(one["parts"])
+    seconds, cpu_seconds = duration(one["measured_seconds"]), duration(one["measured_cpu_seconds"])
+    text = f"{one['method']} {one['code']}, {parts}: {seconds} measured ({cpu_seconds} of CPU time)"
+    if one["block_seconds"] is None:
+        return text
+    return f"{text}, a block {duration(one['block_seconds'])}, the decoder {duration(one['decoder_seconds'])}"
+
+
+def _ratio_text(one: dict[str, Any]) -> str:
+    times = f"{one['ratio']:.2f} x {one['against']}'s ({one['cpu_ratio']:.2f} x in CPU time)"
+    return f"{one['group']}: sweep in {one['code']} takes {times}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3.2 s, 4.5 min, 2.1 h."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2f} s"

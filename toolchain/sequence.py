@@ -1,0 +1,193 @@
+"""The sequential sweep over a model: groups of layers in order, each coded for the inputs that those before it give."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from toolchain.errors import MgvqError
+from toolchain.install import install_layer, install_tables, link_shared, untie_dense
+from toolchain.modules import vq_modules
+from toolchain.objects import ObjectStore
+from toolchain.values import BitPlan, LayerPlan, LayerSpec, VQCode
+from toolchain.vq.weights import VQGroup, VQWeights
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How one layer came out: tr(E H Eᵀ) / tr(W H Wᵀ) on the calibration inputs, the share of the first-order shift
+    that its gate let through, and the seconds its group took.
+    """
+
+    name: str
+    part: str
+    code: str
+    relative_error: float
+    seconds: float
+    step: float = 0.0
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A group as a solver leaves it: stored forms, biases that replace the layers' own, and the shift's step."""
+
+    group: VQGroup
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    step: float = 0.0
+
+
+class Solver(Protocol):
+    """What codes groups. `begin` is told the layers of the step that comes, before any of them is replaced."""
+
+    def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None: ...
+
+    def solve(
+        self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
+    ) -> Solved: ...
+
+
+Progress = Callable[[LayerResult, int, int], None]
+
+
+def quantize_in_sequence(
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    plan: BitPlan,
+    solver: Solver,
+    store: ObjectStore,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[LayerResult, ...]:
+    """Replace every planned layer in place, in the order of the forward pass; finished groups come from the store.
+
+    Modules hold a decoded copy while this runs. Afterwards tables are stored once, ties are made, copies are gone.
+    """
+    stored = [spec for spec in specs if not spec.tied_to]
+    results: list[LayerResult] = []
+    for order in sorted({spec.order for spec in stored}):
+        step = [spec for spec in stored if spec.order == order]
+        groups = groups_of(step)
+        if any(store.get(object_name(group)) is None for group in groups):
+            solver.begin(model, step)
+        for members in groups.values():
+            for result in _one_group(model, specs, plan, solver, store, seed, members):
+                results.append(result)
+                if progress:
+                    progress(result, len(results), len(stored))
+    for module in vq_modules(model).values():
+        module.keep(False)
+    link_tables(model, plan)
+    return tuple(results)
+
+
+def groups_of(specs: Sequence[LayerSpec]) -> dict[str, list[LayerSpec]]:
+    """Group → members, in order."""
+    groups: dict[str, list[LayerSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.group, []).append(spec)
+    return groups
+
+
+def object_name(group: str) -> str:
+    """What a group's piece is called in the store."""
+    return f"group.{group}"
+
+
+def group_generator(seed: int, group: str) -> torch.Generator:
+    """A generator of its own for every group, so that the order of groups changes nothing."""
+    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _one_group(
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    plan: BitPlan,
+    solver: Solver,
+    store: ObjectStore,
+    seed: int,
+    members: list[LayerSpec],
+) -> list[LayerResult]:
+    """Code one group, or take it from the store, and put it and what is tied to it into the model."""
+
+    def make() -> tuple[dict[str, Tensor], Any]:
+        began = time.monotonic()
+        weights = [model.get_parameter(f"{s.name}.weight").detach().flatten(1).float() for s in members]
+        try:
+            solved = solver.solve(model, members, weights, group_generator(seed, members[0].group))
+        except MgvqError as error:
+            raise type(error)(f"layer {members[0].name}: {error}") from error
+        results = _results(plan, members, solved, time.monotonic() - began)
+        return _tensors(solved, members), [asdict(result) for result in results]
+
+    tensors, results = store.made(object_name(members[0].group), make)
+    device = model.get_parameter(f"{members[0].name}.weight").device
+    for spec, result in zip(members, results, strict=True):
+        weights = _weights({k: t.to(device) for k, t in tensors.items()}, spec, VQCode.parse(result["code"]))
+        _install(model, specs, plan, spec, weights, tensors.get(f"{spec.name}.bias"))
+    untie_dense(model)
+    return [LayerResult(**result) for result in results]
+
+
+def _results(plan: BitPlan, members: Sequence[LayerSpec], solved: Solved, seconds: float) -> list[LayerResult]:
+    found = []
+    for spec, stored, error, reference in zip(
+        members, solved.group.layers, solved.group.errors, solved.group.references, strict=True
+    ):
+        relative = error / reference if reference > 0 else 0.0
+        found.append(LayerResult(spec.name, spec.part, str(stored.code), relative, seconds, solved.step))
+    return found
+
+
+def _tensors(solved: Solved, members: Sequence[LayerSpec]) -> dict[str, Tensor]:
+    """A group as the store keeps it: the table once, codes and scales a layer."""
+    tensors = {"table": solved.group.layers[0].table}
+    for spec, stored in zip(members, solved.group.layers, strict=True):
+        tensors[f"{spec.name}.codes"], tensors[f"{spec.name}.scales"] = stored.codes, stored.scales
+    return tensors | {f"{name}.bias": bias for name, bias in solved.biases.items()}
+
+
+def _weights(tensors: dict[str, Tensor], spec: LayerSpec, code: VQCode) -> VQWeights:
+    codes, scales = tensors[f"{spec.name}.codes"], tensors[f"{spec.name}.scales"]
+    return VQWeights(code, spec.rows, spec.columns, codes, tensors["table"], scales)
+
+
+def _install(
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    plan: BitPlan,
+    spec: LayerSpec,
+    weights: VQWeights,
+    bias: Tensor | None,
+) -> None:
+    module = install_layer(model, plan.layer(spec.name))
+    module.set_weights(weights)
+    module.keep(True)
+    if bias is not None:
+        own = model.get_parameter(f"{spec.name}.bias")
+        own.data = bias.to(own)
+    for other in specs:
+        if other.tied_to == spec.name:
+            tied = install_layer(model, plan.layer(other.name))
+            tied.tie_to(module)
+            tied.keep(True)
+
+
+def link_tables(model: nn.Module, plan: BitPlan) -> None:
+    """Store every table once, on the model's root, and hand it to the modules that share it."""
+    tables = {layer.table: model.get_submodule(layer.name).table for layer in plan.layers}
+    install_tables(model, plan.layers)
+    model.get_submodule("mgvq_tables").load_state_dict(tables)
+    link_shared(model, plan.layers)
+
+
+def planned_code(plan: BitPlan, spec: LayerSpec) -> VQCode:
+    """The code a plan gives a layer."""
+    layer: LayerPlan = plan.layer(spec.name)
+    return layer.vq_code
