@@ -57,7 +57,7 @@ def check_demo(found: dict, folder: Path) -> None:
     assert accuracy["fp"] >= 0.95
     assert accuracy["rtn"] <= accuracy["fp"] - 0.10
     assert accuracy["mgvq"] > accuracy["rtn"]
-    assert found["bits"]["index"] == 2.0
+    assert 1.95 < found["bits"]["index"] <= 2.0
     assert found["bits"]["model"] < 2.5
     assert (folder / found["bundle"] / "manifest.json").is_file()
     assert (folder / "runs" / "demo" / "report.html").is_file()

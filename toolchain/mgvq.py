@@ -6,8 +6,9 @@ Each stage can be left out by the recipe; each is kept in the store, so that a k
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from toolchain.bit_allocation import CODES_BY_BITS, OVERLAPPING_BY_BITS
 from toolchain.bitplan import plan as plan_bits
 from toolchain.calibration import CalibrationInput, tied_moment
 from toolchain.dealing import deal_model, measured_orders
+from toolchain.mending import ROWS_UP_TO, Patient, Watch, mend_by_rounds, mend_by_tuning
 from toolchain.models.family import Config, Family
 from toolchain.models.inventory import kept_parameters
 from toolchain.moments import Masses, collect_pairs, survey_inputs
@@ -23,19 +25,22 @@ from toolchain.objects import ObjectStore
 from toolchain.recipe import Recipe
 from toolchain.sensitivity import Sensitivity, expected_loss, measure_sensitivity
 from toolchain.sequence import LayerResult, Progress, Solved, planned_code, quantize_in_sequence
-from toolchain.statistics import collect_loss_statistics
+from toolchain.statistics import LossStatistics, collect_loss_statistics
 from toolchain.values import BitPlan, LayerSpec, VQCode
+from toolchain.vq.curvature import damp
+from toolchain.vq.descent import Descent
 from toolchain.vq.drift import PairMoments, gated_shift
+from toolchain.vq.factor import factor_moment
+from toolchain.vq.refit_cg import refine
 from toolchain.vq.scales import rms_scales
-from toolchain.vq.solve import quantize_group
-from toolchain.vq.weights import Options, VQGroup
+from toolchain.vq.solve import quantize_group, solve_problem
+from toolchain.vq.weights import Options, VQGroup, pack_group, stack_group
 
+ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
 HELD_OUT = 4  # every so many-th sample weighs the groups and gates what the others fitted
 # At 2 bits quads with one window bit to spare stand beside pairs with four: the better one depends on how evenly
 # column energies lie.
 CODES_OFFERED = (*OVERLAPPING_BY_BITS.values(), "4,8,9")
-
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Made:
     layers: tuple[LayerResult, ...]
     orders: dict[str, Tensor]
     sensitivity: Sensitivity | None
+    mended: dict[str, Any] = field(default_factory=dict)  # what rounds and fine-tuning did, JSON-clean
 
 
 def quantize_model(
@@ -81,7 +87,13 @@ def quantize_model(
     quantized = copy.deepcopy(full)
     solver = DriftSolver(job, recipe, plan, full, masses)
     layers = quantize_in_sequence(quantized, job.specs, plan, solver, store, job.seed, progress)
-    return Made(quantized, plan, layers, orders, sensitivity)
+    patient = Patient(quantized, full, job.inputs, job.specs, plan, masses, job.seed, job.kept_dtype)
+    mended: dict[str, Any] = {}
+    if recipe.rounds:
+        mended["rounds"] = mend_by_rounds(patient, store, recipe.fisher, say)
+    if recipe.tune:
+        mended["tune"] = mend_by_tuning(patient, store, say)
+    return Made(quantized, plan, layers, orders, sensitivity, mended)
 
 
 def _dealt(job: Job, recipe: Recipe, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +107,7 @@ def _dealt(job: Job, recipe: Recipe, energies: Mapping[str, Tensor]) -> dict[str
 
 def _masses(job: Job, recipe: Recipe, linears: Sequence[LayerSpec], even: Masses, say: Watch) -> Masses:
     """Token masses: by the loss gradient where the recipe and the options say so, else every modality alike."""
-    if not recipe.fisher or job.options.token_power == 0:
+    if not recipe.fisher:
         return even
     return collect_loss_statistics(
         job.model,
@@ -163,12 +175,23 @@ class DriftSolver:
     def __init__(self, job: Job, recipe: Recipe, plan: BitPlan, full: nn.Module, masses: Masses) -> None:
         self.job, self.recipe, self.plan, self.full, self.masses = job, recipe, plan, full, masses
         self.pairs: dict[str, PairMoments] = {}
+        self.statistics = LossStatistics()
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
         groups = {spec.group for spec in step}
         asked = [spec for spec in self.job.specs if spec.group in groups and spec.kind != "embedding"]
         full = self.full if self.recipe.drift else None
         self.pairs = collect_pairs(model, full, self.job.inputs, asked, self.masses) if asked else {}
+        if self.recipe.descent and asked:
+            self.statistics = collect_loss_statistics(
+                self.full,
+                self.job.inputs,
+                asked,
+                held_out=held_out_samples(self.job.inputs),
+                rows_up_to=ROWS_UP_TO if self.recipe.fisher else 0,
+                draws=2,
+                seed=self.job.seed,
+            )
 
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
@@ -183,12 +206,45 @@ class DriftSolver:
         assert pairs is not None
         moment = pairs.whole.moment / pairs.whole.mass
         if not self.recipe.drift:
-            return Solved(quantize_group(weights, moment, code, options, generator))
+            return Solved(self._coded(members, weights, moment, code, generator))
         stacked = torch.cat(weights)
         shift = gated_shift(stacked, pairs, self._expected_error(stacked, moment, code, generator))
         targets = list((stacked + shift.value).split([len(w) for w in weights]))
-        group = quantize_group(targets, moment, code, options, generator)
+        group = self._coded(members, targets, moment, code, generator)
         return Solved(group, self._biases(model, members, weights, group, pairs), shift.step)
+
+    def _coded(
+        self,
+        members: Sequence[LayerSpec],
+        targets: list[Tensor],
+        moment: Tensor,
+        code: VQCode,
+        generator: torch.Generator,
+    ) -> VQGroup:
+        """The sweep's codes, or descent's where they lose less by the gradients of samples it has not seen."""
+        options = self.job.options
+        if not self.recipe.descent:
+            return quantize_group(targets, moment, code, options, generator)
+        problem = stack_group(targets, moment, code, searches_paths=True)
+        swept = solve_problem(problem, code, options, generator)
+        damped = factor_moment(problem.moment, problem.columns, code.vector, options.damping).damped
+        refined = refine(problem, swept, code, damped, self._row_factors(members), Descent(sweeps=2), rounds=1)
+        groups = [pack_group(problem, found.indices, found.table, found.scales, code) for found in (swept, refined)]
+        return min(groups, key=lambda group: self._held_out_loss(members, targets, group))
+
+    def _row_factors(self, members: Sequence[LayerSpec]) -> list[Tensor] | None:
+        rows = self.statistics.rows
+        if not any(spec.name in rows for spec in members):
+            return None
+        return [damp(rows.get(spec.name, torch.eye(spec.rows)), ROW_DAMPING) for spec in members]
+
+    def _held_out_loss(self, members: Sequence[LayerSpec], targets: Sequence[Tensor], group: VQGroup) -> float:
+        """E_b⟨G_b, E⟩² over the probes: the gate between a descent that helps and one that fits (equation 16)."""
+        products = [
+            [probe.product(target - stored.decode().to(target)) for probe in self.statistics.probes[spec.name]]
+            for spec, target, stored in zip(members, targets, group.layers)
+        ]
+        return float(torch.tensor(products, dtype=torch.float64).sum(dim=0).square().mean())
 
     def _expected_error(self, weight: Tensor, moment: Tensor, code: VQCode, generator: torch.Generator) -> float:
         """tr(E H Eᵀ) that coding without a shift would leave, from a dry run in the code's stand-in."""

@@ -20,8 +20,9 @@ from toolchain.calibration import calibration_inputs, collect_moments, samples_h
 from toolchain.checkpoint import kept_dtype, load_model, write_quantized
 from toolchain.dealing import write_orders
 from toolchain.folders import Checkpoint, check_output, open_checkpoint, staged_folder
+from toolchain.mending import Watch
 from toolchain.methods import method_named
-from toolchain.mgvq import Job, Made, Watch, quantize_model
+from toolchain.mgvq import Job, Made, quantize_model
 from toolchain.models.family import family_for
 from toolchain.models.inventory import kept_parameters
 from toolchain.objects import ObjectStore
@@ -120,6 +121,8 @@ def _key(base: Checkpoint, samples: list[Sample], method: str, job: Job) -> dict
 def _write_findings(made: Made, staging: Path) -> None:
     if made.orders:
         write_orders(staging, made.orders)
+    if made.mended:
+        write_json(staging / "mended.json", made.mended)
     if made.sensitivity is not None:
         write_json(staging / "sensitivity.json", vars(made.sensitivity))
 

@@ -15,6 +15,7 @@ bench = typer.Typer(help="Measure mgvq itself on this machine.", no_args_is_help
 app.add_typer(bench, name="bench")
 
 COLUMNS = ["group", "rows x columns", "method", "code", "part", "seconds", "CPU seconds", "all blocks"]
+BUSY = 0.9  # share of its threads' wall time below which a run was not alone, or does not fill them
 PARTS_HELP = "Parts with commas between: statistics,drift,factor,sweep,descent (factor is done inside sweep too)."
 
 
@@ -96,6 +97,7 @@ def result_text(result: dict[str, Any]) -> str:
             *(_total_text(one) for one in result["totals"]),
             *(_ratio_text(one) for one in result["ratios"]),
             f"{kind}: {peaks}",
+            *_busy_text(result["busy_share"]),
             f"measured: {result['measured']}",
             f"extrapolated: {result['extrapolated']}",
             f"not in it: {result['excluded']}",
@@ -117,6 +119,16 @@ def _total_text(one: dict[str, Any]) -> str:
     if one["block_seconds"] is None:
         return text
     return f"{text}, a block {duration(one['block_seconds'])}, the decoder {duration(one['decoder_seconds'])}"
+
+
+def _busy_text(share: float | None) -> list[str]:
+    """A line where wall seconds may hold somebody else's work."""
+    if share is None or share >= BUSY:
+        return []
+    return [
+        f"CPU time was {share:.0%} of wall time x threads: others ran beside it, or not all threads had work; "
+        "on a shared machine read the CPU seconds"
+    ]
 
 
 def _ratio_text(one: dict[str, Any]) -> str:

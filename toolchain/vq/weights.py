@@ -29,9 +29,7 @@ class Options:
     # nothing off the KL divergence of the model, and up to half as long again.
     samples: int = 16_384
     batch_columns: int = 128
-    # Power of the gradient norm in a token's mass (`curvature.token_masses`); 0 is every token of a modality alike. The
-    # demo's model is sure of its answers: with power 1 four tokens of 2,777 carry some layers' whole mass.
-    token_power: float = 0.0
+    token_power: float = 0.5  # of the gradient norm in a token's mass, where a recipe weighs tokens by gradients
 
 
 @dataclass(frozen=True)

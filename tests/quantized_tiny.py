@@ -1,0 +1,51 @@
+"""A tiny checkpoint quantized in memory, layer by layer, with nothing calibrated: linked, and ready to be asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from toolchain.bitplan import plan as plan_bits
+from toolchain.checkpoint import load_model
+from toolchain.install import TABLES, install_layer, install_tables, link_shared
+from toolchain.models.family import family_for, read_config
+from toolchain.models.inventory import kept_parameters
+from toolchain.values import BitPlan, LayerSpec, VQCode
+from toolchain.vq.solve import quantize_group
+from toolchain.vq.weights import Options
+
+FAST = Options(rounds=1, lloyd_rounds=1, samples=500)
+
+
+def groups_of(specs: tuple[LayerSpec, ...]) -> dict[str, list[LayerSpec]]:
+    """Group → its layers, tied ones left out."""
+    groups: dict[str, list[LayerSpec]] = {}
+    for spec in specs:
+        if not spec.tied_to:
+            groups.setdefault(spec.group, []).append(spec)
+    return groups
+
+
+def quantized_tiny(folder: Path, code: str) -> tuple[nn.Module, tuple[LayerSpec, ...], BitPlan]:
+    """(model, its layers, its plan) with every layer in one code, for inputs that are white noise."""
+    config = read_config(folder)
+    specs = family_for(config).layers(config)
+    model = load_model(folder).requires_grad_(False)
+    plan = plan_bits(specs, kept_parameters(model, specs), bits=None, overrides=[("*", code)])
+    tables = {}
+    for layers in groups_of(specs).values():
+        weights = [model.get_parameter(f"{spec.name}.weight").detach().flatten(1) for spec in layers]
+        moment = torch.eye(layers[0].columns)
+        group = quantize_group(weights, moment, VQCode.parse(code), FAST, torch.Generator().manual_seed(0))
+        for spec, stored in zip(layers, group.layers, strict=True):
+            install_layer(model, plan.layer(spec.name)).set_weights(stored)
+            tables[plan.layer(spec.name).table] = stored.table
+    for spec in specs:
+        if spec.tied_to:
+            install_layer(model, plan.layer(spec.name))
+    install_tables(model, plan.layers)
+    model.get_submodule(TABLES).load_state_dict(tables)
+    link_shared(model, plan.layers)
+    return model, specs, plan

@@ -1,0 +1,279 @@
+"""Fine-tuning of a tiny quantized model: it gets nearer, stores what it computed, and comes out the same."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import math
+
+import pytest
+import torch
+
+from toolchain.calibration import calibration_inputs, read_manifest
+from toolchain.checkpoint import load_model, load_quantized, write_quantized
+from toolchain.errors import InputDataError, NumericGateError, UsageError
+from toolchain.finetune import (
+    TuneSettings,
+    fine_tune,
+    picture_digest,
+    rates,
+    sample_loss,
+    split_pictures,
+    teacher_target,
+    text_tokens,
+)
+from toolchain.folders import open_checkpoint
+from toolchain.kl import log_probabilities, token_divergences
+from toolchain.models.family import family_for
+from toolchain.modules import vq_modules
+from toolchain.quantize import quantize_checkpoint
+from toolchain.statistics import answer_scores
+from toolchain.values import BitPlan
+from toolchain.vq.weights import Options
+
+# The tiny model's weights are random, so that its answers say little and little data is enough: rates may be high.
+FAST = TuneSettings(epochs=3, batch=2, table_rate=1e-2, scale_rate=1e-2, kept_rate=1e-2, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_qwen2_vl, tiny_manifest, tmp_path_factory):
+    """Folder of the tiny model with tables of both kinds. Read only."""
+    folder = tmp_path_factory.mktemp("tuned") / "quantized"
+    overrides = [("*", "4,8,8"), ("*mlp*", "2,6,6")]
+    options = Options(rounds=1, lloyd_rounds=2, samples=2_000)
+    samples = read_manifest(tiny_manifest)[:2]
+    # Plain rounding: nothing but the format matters here, and much is left to gain.
+    quantize_checkpoint(
+        tiny_qwen2_vl, samples, folder, method="nearest", bits=None, overrides=overrides, options=options
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_qwen2_vl):
+    return load_model(tiny_qwen2_vl)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_qwen2_vl, tiny_manifest):
+    """Twelve samples of six pictures."""
+    processor = family_for(open_checkpoint(tiny_qwen2_vl).config).load_processor(tiny_qwen2_vl)
+    return calibration_inputs(processor, read_manifest(tiny_manifest) * 2)
+
+
+@pytest.fixture(scope="module")
+def tuned(quantized, teacher, inputs):
+    """(a tuned model, its result, the states it saved). Read only."""
+    model, states = load_quantized(quantized), []
+    result = fine_tune(model, teacher, inputs, FAST, seed=0, save=states.append)
+    return model, result, states
+
+
+def bytes_of(model) -> dict[str, bytes]:
+    return {name: x.cpu().numpy().tobytes() for name, x in model.state_dict().items()}
+
+
+def divergence(model, teacher, inputs) -> float:
+    with torch.no_grad():
+        found = [token_divergences(answer_scores(teacher, one), answer_scores(model, one)) for one in inputs]
+    return float(torch.cat(found).double().mean())
+
+
+def test_it_gets_nearer_on_all_samples_and_on_those_held_out(quantized, teacher, inputs, tuned):
+    model, result, _ = tuned
+    assert result.improved
+    assert result.loss_after < result.loss_before
+    assert divergence(model, teacher, inputs) < 0.8 * divergence(load_quantized(quantized), teacher, inputs)
+
+
+def test_what_is_reported_is_what_the_model_does(teacher, inputs, quantized, tuned):
+    model, result, _ = tuned
+    _, held, pictures = split_pictures(inputs, FAST.held_out, 0)
+    apart = [inputs[i] for i in held]
+    assert (result.held_out_pictures, result.held_out_samples) == (pictures, len(held)) == (1, 2)
+    assert result.after == pytest.approx(divergence(model, teacher, apart), rel=1e-3)
+    assert result.before == pytest.approx(divergence(load_quantized(quantized), teacher, apart), rel=1e-3)
+    assert (result.history[0], min(result.history)) == (result.loss_before, result.loss_after)
+    assert result.best_step % 5 == 0  # ten samples, two a step: the held-out pictures are looked at every five
+
+
+def test_codes_and_matrices_stay_and_all_that_is_continuous_moves(quantized, tuned):
+    model, start = tuned[0], load_quantized(quantized).state_dict()
+    moved = {name for name, x in model.state_dict().items() if not torch.equal(x, start[name])}
+    assert not any(name.endswith(".codes") for name in moved)
+    assert not any(start[name].ndim > 1 for name in moved if not name.startswith("mgvq_tables."))
+    assert {name for name in start if name.startswith("mgvq_tables.")} <= moved
+    assert any("norm" in name for name in moved)
+    assert any(name.endswith("proj.bias") for name in moved)
+    assert any(name.endswith(".scales") for name in moved)
+
+
+def test_the_stored_model_says_the_same_bit_for_bit(tuned, quantized, tiny_qwen2_vl, inputs, tmp_path):
+    model = tuned[0]
+    plan = BitPlan.from_json(json.loads((quantized / "bitplan.json").read_text()))
+    write_quantized(model, open_checkpoint(tiny_qwen2_vl), tmp_path, plan, method="mgvq", calibration={})
+    stored = load_quantized(tmp_path)
+    with torch.no_grad():
+        for one in inputs[:3]:
+            assert torch.equal(answer_scores(stored, one), answer_scores(model, one))
+    kept = {i.dtype for name, i in open_checkpoint(tmp_path).tensors.items() if "norm" in name or "bias" in name}
+    assert kept == {"F16"}
+    for module in vq_modules(model).values():
+        assert bool((module.scales >= 0).all())
+        assert module._decoded is None
+
+
+def test_the_same_run_gives_the_same_bytes(quantized, teacher, inputs, tuned):
+    model = load_quantized(quantized)
+    assert fine_tune(model, teacher, inputs, FAST, seed=0) == tuned[1]
+    assert bytes_of(model) == bytes_of(tuned[0])
+
+
+def test_another_seed_gives_another_model(quantized, teacher, inputs, tuned):
+    model = load_quantized(quantized)
+    fine_tune(model, teacher, inputs, FAST, seed=1)
+    assert bytes_of(model) != bytes_of(tuned[0])
+
+
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_a_run_that_goes_on_ends_in_the_same_bytes(quantized, teacher, inputs, tuned, step):
+    """From the middle of an epoch, from its end, and after the first best state; the state through a file."""
+    file = io.BytesIO()
+    torch.save(tuned[2][step - 1], file)
+    file.seek(0)
+    model, steps = load_quantized(quantized), []
+    state = torch.load(file, weights_only=True)
+    result = fine_tune(
+        model, teacher, inputs, FAST, seed=0, resume=state, progress=lambda done, total, loss: steps.append(done)
+    )
+    assert steps[0] == step + 1
+    assert result == tuned[1]
+    assert bytes_of(model) == bytes_of(tuned[0])
+
+
+def test_the_state_of_another_run_is_refused(quantized, teacher, inputs, tuned):
+    model = load_quantized(quantized)
+    before = bytes_of(model)
+    for change in ({"seed": 1}, {"settings": dataclasses.replace(FAST, batch=3)}, {"inputs": inputs[:10]}):
+        arguments = {"inputs": inputs, "settings": FAST, "seed": 0} | change
+        seed = arguments.pop("seed")
+        with pytest.raises(UsageError, match="resume: expected the state of a run with these settings"):
+            fine_tune(model, teacher, **arguments, seed=seed, resume=tuned[2][3])
+    assert bytes_of(model) == before
+
+
+def test_where_nothing_is_better_nothing_changes(quantized, teacher, inputs):
+    model = load_quantized(quantized)
+    before, wanted = bytes_of(model), [p.requires_grad for p in model.parameters()]
+    wild = dataclasses.replace(FAST, epochs=2, table_rate=0.3, scale_rate=0.3, kept_rate=0.3)
+    result = fine_tune(model, teacher, inputs, wild, seed=0)
+    assert not result.improved
+    assert (result.after, result.loss_after, result.best_step) == (result.before, result.loss_before, 0)
+    assert bytes_of(model) == before
+    assert [p.requires_grad for p in model.parameters()] == wanted
+
+
+def test_it_ends_when_nothing_gets_better(quantized, teacher, inputs):
+    wild = dataclasses.replace(FAST, epochs=9, patience=1, table_rate=0.3, scale_rate=0.3, kept_rate=0.3)
+    assert fine_tune(load_quantized(quantized), teacher, inputs, wild, seed=0).steps == 5
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(quantized, teacher, inputs):
+    model = load_quantized(quantized)
+    norm = next(p for name, p in model.named_parameters() if name.endswith("norm.weight"))
+    norm.data[0] = math.inf
+    before = bytes_of(model)
+    with pytest.raises(NumericGateError, match="step 1: expected a finite loss, found nan; lower table_rate"):
+        fine_tune(model, teacher, inputs, FAST, seed=0)
+    assert bytes_of(model) == before
+
+
+def test_a_teacher_that_says_no_numbers_is_refused(quantized, teacher, inputs):
+    """KL skips what the teacher never says, and would take NaN for that."""
+    broken = copy.deepcopy(inputs[0])
+    broken.tensors["pixel_values"].fill_(math.inf)
+    with pytest.raises(NumericGateError, match="expected numbers from the full-precision model, found NaN"):
+        fine_tune(load_quantized(quantized), teacher, [broken], FAST, seed=0)
+
+
+def test_what_cannot_be_tuned_is_refused(quantized, teacher, inputs):
+    with pytest.raises(InputDataError, match="expected calibration inputs, found none"):
+        fine_tune(load_quantized(quantized), teacher, [], FAST, seed=0)
+    with pytest.raises(UsageError, match="no quantized layer"):
+        fine_tune(teacher, teacher, inputs, FAST, seed=0)
+    with pytest.raises(UsageError, match="epochs: expected at least 1, found 0"):
+        TuneSettings(epochs=0)
+    with pytest.raises(UsageError, match="held_out: expected a share from 0 to below 1"):
+        TuneSettings(held_out=1.0)
+
+
+def test_a_picture_is_never_on_both_sides(inputs):
+    for seed in range(5):
+        train, held, pictures = split_pictures(inputs, 0.4, seed)
+        assert sorted(train + held) == list(range(12))
+        digests = [{picture_digest(inputs[i]) for i in part} for part in (train, held)]
+        assert not digests[0] & digests[1]
+        assert len(digests[1]) == pictures == 2
+    assert split_pictures(inputs, 0.4, 0) == split_pictures(inputs, 0.4, 0)
+    assert len({tuple(split_pictures(inputs, 0.4, seed)[1]) for seed in range(9)}) > 1
+
+
+def test_too_few_pictures_are_all_trained_on(inputs):
+    everything = list(range(8))
+    few = inputs[:4] * 2
+    assert split_pictures(few, 0.2, 0) == (everything, everything, 0)
+    assert split_pictures(inputs, 0.0, 0)[2] == 0
+
+
+def test_text_is_what_stands_after_the_picture(teacher, inputs):
+    one = inputs[0]
+    ids = one.tensors["input_ids"][0]
+    assert text_tokens(one) == len(ids) - 1 - int((ids == teacher.config.image_token_id).nonzero()[-1])
+    target = teacher_target(teacher, one, FAST)
+    assert len(target.log_probabilities) == text_tokens(one)
+    torch.testing.assert_close(target.log_probabilities[-target.answer :], answer_scores(teacher, one))
+    alone = teacher_target(teacher, one, dataclasses.replace(FAST, text_weight=0.0))
+    torch.testing.assert_close(alone.log_probabilities, answer_scores(teacher, one))
+
+
+def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
+    bare = [dataclasses.replace(one, answer_tokens=0) for one in inputs]
+    for settings in (FAST, dataclasses.replace(FAST, text_weight=0.0)):
+        target = teacher_target(teacher, bare[0], settings)
+        assert target.answer == 1
+        torch.testing.assert_close(target.log_probabilities[-1:], answer_scores(teacher, bare[0]))
+        result = fine_tune(load_quantized(quantized), teacher, bare, settings, seed=0)
+        assert result.before == pytest.approx(
+            divergence(load_quantized(quantized), teacher, [bare[i] for i in split_pictures(bare, 0.2, 0)[1]]), rel=1e-3
+        )
+
+
+def test_loss_by_hand():
+    """At temperature 1 without text it is the answer's KL; softening flattens logits and is made up for by τ²."""
+    generator = torch.Generator().manual_seed(0)
+    expected, found = (log_probabilities(torch.randn(3, 5, generator=generator)) for _ in range(2))
+    plain = dataclasses.replace(FAST, temperature=1.0, text_weight=0.0)
+    each = token_divergences(expected, found)
+    loss, own = sample_loss(expected, found, 2, plain)
+    torch.testing.assert_close(loss, each[-2:].sum())
+    torch.testing.assert_close(own, each[-2:].sum())
+    with_text, _ = sample_loss(expected, found, 2, dataclasses.replace(plain, text_weight=0.5))
+    torch.testing.assert_close(with_text, each[-2:].sum() + 0.5 * 2 * each.mean())
+    soft, own = sample_loss(expected, found, 2, dataclasses.replace(plain, temperature=2.0))
+    flat = token_divergences(log_probabilities(expected[-2:] / 2), log_probabilities(found[-2:] / 2))
+    torch.testing.assert_close(soft, 4 * flat.sum())
+    torch.testing.assert_close(own, each[-2:].sum())
+
+
+def test_rates_rise_and_fall():
+    settings = dataclasses.replace(FAST, warm_up=0.2, table_rate=1.0, scale_rate=0.1, kept_rate=0.0)
+    found = [rates(step, 50, settings) for step in range(50)]
+    tables = [x[0] for x in found]
+    assert tables[:11] == sorted(tables[:11])
+    assert tables[10:] == sorted(tables[10:], reverse=True)
+    assert tables[10] == max(tables) == 1.0
+    assert 0 < tables[-1] < 0.01
+    assert all(x[1] == pytest.approx(0.1 * x[0]) and x[2] == 0 for x in found)
+    assert rates(0, 1, dataclasses.replace(settings, warm_up=0.0))[0] == 1.0

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from quantized_tiny import groups_of, quantized_tiny
+
+from toolchain.calibration import calibration_inputs, collect_moments, read_manifest
+from toolchain.checkpoint import load_model
+from toolchain.kl_shifts import divergence_of, split_pictures, teacher_scores
+from toolchain.models.family import family_for, read_config
+from toolchain.modules import keep_decoded, vq_modules
+from toolchain.rounds import RoundOptions, jacobi_round, solution_of, store_weights, stored_weights, windows_of
+from toolchain.vq.weights import stack_group
+
+
+def prepare(folder, manifest, code):
+    """A quantized tiny model, its teacher's answers, and the moments of its groups."""
+    processor = family_for(read_config(folder)).load_processor(folder)
+    inputs = calibration_inputs(processor, read_manifest(manifest))
+    scores = teacher_scores(load_model(folder).requires_grad_(False), inputs)
+    model, specs, plan = quantized_tiny(folder, code)
+    members = groups_of(specs)
+    asked = [layers[0] for layers in members.values() if layers[0].kind != "embedding"]
+    moments = {s.group: collect_moments(model, inputs, [s])[s.name].second_moment for s in asked}
+    for group, layers in members.items():
+        moments.setdefault(group, torch.eye(layers[0].columns))
+    names = [spec.name for layers in members.values() for spec in layers]
+    return SimpleNamespace(
+        model=model, specs=specs, plan=plan, inputs=inputs, scores=scores, moments=moments, names=names
+    )
+
+
+@pytest.fixture(scope="module", params=["4,8,8", "2,4,8"])
+def prepared(request, tiny_qwen2_vl, tiny_manifest):
+    return prepare(tiny_qwen2_vl, tiny_manifest, request.param)
+
+
+@pytest.fixture
+def setting(prepared):
+    """The prepared model, as it was before every test."""
+    before = stored_weights(prepared.model, prepared.names)
+    yield prepared
+    store_weights(prepared.model, before, prepared.plan)
+
+
+def turn(setting, options=None, row_factors=None):
+    s = setting
+    return jacobi_round(s.model, s.scores, s.inputs, s.moments, row_factors or {}, s.specs, s.plan, options, seed=0)
+
+
+def held_out(setting):
+    with keep_decoded(setting.model):
+        return divergence_of(setting.model, setting.scores, setting.inputs, split_pictures(setting.inputs)[1])
+
+
+def stored_bytes(setting):
+    found = stored_weights(setting.model, setting.names)
+    return [t.numpy().tobytes() for w in found.values() for t in (w.codes, w.table, w.scales)]
+
+
+def test_a_group_as_a_solution_decodes_to_its_modules(setting):
+    modules = vq_modules(setting.model)
+    for layers in groups_of(setting.specs).values():
+        own = [modules[spec.name] for spec in layers]
+        problem = stack_group(
+            [m.dense(torch.float32) for m in own], torch.eye(own[0].columns), own[0].code, searches_paths=True
+        )
+        decoded = solution_of(own, problem).decode()
+        for module, part in zip(own, decoded.split(problem.held), strict=True):
+            assert torch.equal(part[: module.rows, : module.columns], module.dense(torch.float32))
+        assert windows_of(own[0]).shape == (
+            own[0].code.padded_shape(own[0].rows, 1)[0],
+            problem.weight.shape[1] // own[0].code.vector,
+        )
+
+
+def test_a_round_leaves_the_model_no_further_from_its_teacher(setting):
+    before = held_out(setting)
+    kept = setting.model.state_dict().keys()
+    result = turn(setting, RoundOptions(steps=(0.2, 1.0)))
+    assert result.divergences[0.0] == pytest.approx(before, rel=1e-6)
+    assert held_out(setting) == pytest.approx(min(result.divergences.values()), rel=1e-6)
+    assert result.step == min(result.divergences, key=result.divergences.get)
+    assert result.is_better == (result.step > 0)
+    assert setting.model.state_dict().keys() == kept
+    assert set(result.seconds) == {"gradients", "shifts", "descent", "held out"}
+
+
+def test_codes_change_no_more_than_the_cap_allows(setting):
+    before = {name: windows_of(module) for name, module in vq_modules(setting.model).items()}
+    result = turn(setting, RoundOptions(steps=(1.0,), cap=0.02))
+    changed = [windows_of(module) != before[name] for name, module in vq_modules(setting.model).items()]
+    assert result.changed <= 0.02
+    assert sum(int(c.sum()) for c in changed) <= 0.02 * sum(c.numel() for c in changed)
+
+
+def test_a_step_that_is_no_better_leaves_every_byte(setting):
+    before = stored_bytes(setting)
+    result = turn(setting, RoundOptions(steps=(1e6,), cap=1.0))
+    assert result.divergences[1e6] > result.divergences[0.0]
+    assert (result.step, result.changed, result.is_better) == (0.0, 0.0, False)
+    assert stored_bytes(setting) == before
+
+
+def test_twice_the_same_bytes(tiny_qwen2_vl, tiny_manifest):
+    found = []
+    for _ in range(2):
+        own = prepare(tiny_qwen2_vl, tiny_manifest, "4,8,8")
+        factors = {name: torch.eye(module.rows) + 0.2 for name, module in vq_modules(own.model).items()}
+        turn(own, RoundOptions(steps=(0.4,)), factors)
+        found.append(stored_bytes(own))
+    assert found[0] == found[1]
+
+
+def test_a_group_without_a_moment_is_left_alone(setting):
+    left = setting.specs[-1].group
+    mine = [s.name for s in setting.specs if s.group == left and not s.tied_to]
+    before = {name: weights.codes.clone() for name, weights in stored_weights(setting.model, mine).items()}
+    others = {group: moment for group, moment in setting.moments.items() if group != left}
+    turn(SimpleNamespace(**{**vars(setting), "moments": others}), RoundOptions(steps=(0.2,)))
+    for name, weights in stored_weights(setting.model, mine).items():
+        assert torch.equal(weights.codes, before[name])
+
+
+def test_what_is_stored_is_what_the_model_computes_with(setting):
+    before = stored_weights(setting.model, setting.names)
+    moved = {name: type(w)(w.code, w.rows, w.columns, w.codes.roll(7), w.table, w.scales) for name, w in before.items()}
+    first = held_out(setting)
+    store_weights(setting.model, moved, setting.plan)
+    second = held_out(setting)
+    store_weights(setting.model, before, setting.plan)
+    assert held_out(setting) == first != second

@@ -1,0 +1,1 @@
+"""What measures us: how long our own stages take on the machine they run on, at the sizes of published models."""
