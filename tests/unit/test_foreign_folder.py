@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny_architecture import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from toolchain.calibration import read_manifest
