@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_architecture import tiny_config
+from tiny_architecture import TINY_TEXT, tiny_config
 
 from toolchain.demo import architecture, task
 
