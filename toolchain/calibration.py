@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,3 +215,28 @@ def tied_moment(moment: Tensor) -> Tensor:
     """H float32[n, n] of a table that is head and embedding at once, from the second moment of the head's inputs."""
     identity = torch.eye(len(moment), device=moment.device)
     return (1 - EMBEDDING_SHARE) * moment + EMBEDDING_SHARE * moment.diagonal().mean() * identity
+
+
+def layer_moments(
+    model: nn.Module, inputs: Sequence[CalibrationInput], step: Sequence[LayerSpec], specs: Sequence[LayerSpec]
+) -> dict[str, Tensor]:
+    """Layer name → H float32[n, n]. An embedding's is the identity, half of it the head's where they are tied."""
+    heads = {spec.tied_to: spec for spec in specs if spec.tied_to}
+    asked = [spec for spec in step if spec.kind != "embedding"]
+    asked += [heads[spec.name] for spec in step if spec.kind == "embedding" and spec.name in heads]
+    collected = collect_moments(model, inputs, asked) if asked else {}
+    found = {}
+    for spec in step:
+        if spec.kind != "embedding":
+            found[spec.name] = collected[spec.name].second_moment
+            continue
+        found[spec.name] = torch.eye(spec.columns)
+        if spec.name in heads:
+            found[spec.name] = tied_moment(collected[heads[spec.name].name].second_moment)
+    return found
+
+
+def picture_digest(one: CalibrationInput) -> bytes:
+    """SHA-256 of a sample's pixels, or of its tokens where it has no picture: equal pictures, equal digests."""
+    seen = one.tensors.get("pixel_values", one.tensors["input_ids"]).detach().cpu().contiguous()
+    return hashlib.sha256(repr(tuple(seen.shape)).encode() + seen.view(torch.uint8).numpy().tobytes()).digest()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration import CalibrationInput
+from toolchain.calibration import CalibrationInput, picture_digest
 from toolchain.errors import InputDataError, NumericGateError, UsageError
 from toolchain.kl import log_probabilities, token_divergences
 from toolchain.lookup import Offsets, TunedWeights
@@ -218,12 +218,6 @@ def _tunable(model: nn.Module, settings: TuneSettings) -> Iterator[TunedWeights]
         yield tuned
     finally:
         tuned.release()
-
-
-def picture_digest(one: CalibrationInput) -> bytes:
-    """SHA-256 of a sample's pixels, or of its tokens where it has no picture: equal pictures, equal digests."""
-    seen = one.tensors.get("pixel_values", one.tensors["input_ids"]).detach().cpu().contiguous()
-    return hashlib.sha256(repr(tuple(seen.shape)).encode() + seen.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def split_pictures(inputs: Sequence[CalibrationInput], share: float, seed: int) -> tuple[list[int], list[int], int]:

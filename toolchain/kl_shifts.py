@@ -8,7 +8,6 @@ u = KL / (½ Σ ⟨G, N⟩) where that is below 1.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration import CalibrationInput
+from toolchain.calibration import CalibrationInput, picture_digest
 from toolchain.errors import InputDataError
 from toolchain.kl import token_divergences
 from toolchain.modules import keep_decoded, vq_modules
@@ -57,14 +56,10 @@ def split_pictures(inputs: Sequence[CalibrationInput]) -> tuple[list[int], list[
     Raises:
         InputDataError: there are too few pictures for either part.
     """
-    order: dict[str, int] = {}
+    order: dict[bytes, int] = {}
     owners = []
     for one in inputs:
-        pictures = [one.tensors[name] for name in sorted(one.tensors) if name.startswith("pixel_values")]
-        content = b"".join(
-            picture.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for picture in pictures
-        )
-        owners.append(order.setdefault(hashlib.sha256(content).hexdigest(), len(order)))
+        owners.append(order.setdefault(picture_digest(one), len(order)))
     if len(order) < HELD_OUT:
         raise InputDataError(
             f"a Jacobi round holds every {HELD_OUT}th calibration picture out: expected at least {HELD_OUT} different "

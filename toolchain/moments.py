@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
 from toolchain.errors import InputDataError
+from toolchain.sequence import groups_of
 from toolchain.statistics import TOKEN_PARTS, layer_rows, split_masses
 from toolchain.values import LayerSpec
 from toolchain.vq.drift import Pair, PairMoments
@@ -58,9 +59,7 @@ def collect_pairs(
     Raises:
         InputDataError: a group sees other token counts than its masses have, or a sample does not reach it.
     """
-    first: dict[str, LayerSpec] = {}
-    for spec in specs:
-        first.setdefault(spec.group, spec)
+    first = {group: members[0] for group, members in groups_of(specs).items()}
     halves: dict[str, list[Pair | None]] = {group: [None, None] for group in first}
     for number, one in enumerate(inputs):
         own = inputs_of(quantized, one, first)
@@ -86,9 +85,7 @@ def survey_inputs(
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
     """Token masses with half for either modality in the decoder, and how loud every input column is."""
-    first: dict[str, LayerSpec] = {}
-    for spec in specs:
-        first.setdefault(spec.group, spec)
+    first = {group: members[0] for group, members in groups_of(specs).items()}
     squares: dict[str, list[Tensor]] = {group: [] for group in first}
     counts: dict[str, list[Tensor]] = {group: [] for group in first}
     for number, one in enumerate(inputs):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toolchain import __version__
 from toolchain.bitplan import BitCount, real_bits
 from toolchain.bitplan import plan as plan_bits
-from toolchain.calibration import calibration_inputs, collect_moments, samples_hash, tied_moment
+from toolchain.calibration import calibration_inputs, layer_moments, samples_hash
 from toolchain.checkpoint import kept_dtype, load_model, write_quantized
 from toolchain.dealing import write_orders
 from toolchain.folders import Checkpoint, check_output, open_checkpoint, staged_folder
@@ -150,19 +150,7 @@ class MomentSolver:
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
         """Layer name → H float32[n, n], from the model as it stands: everything before this step is quantized."""
-        linears = [spec for spec in step if spec.kind != "embedding"]
-        collected = collect_moments(model, self.job.inputs, linears) if linears else {}
-        self.moments = {name: moments.second_moment for name, moments in collected.items()}
-        for spec in step:
-            if spec.kind == "embedding":
-                self.moments[spec.name] = self._embedding_moment(model, spec)
-
-    def _embedding_moment(self, model: nn.Module, spec: LayerSpec) -> Tensor:
-        """H of an embedding: the identity, blended with what the head sees where the head uses the same codes."""
-        heads = [other for other in self.job.specs if other.tied_to == spec.name]
-        if not heads:
-            return torch.eye(spec.columns)
-        return tied_moment(collect_moments(model, self.job.inputs, heads)[heads[0].name].second_moment)
+        self.moments = layer_moments(model, self.job.inputs, step, self.job.specs)
 
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from toolchain.errors import MgvqError
 from toolchain.install import install_layer, install_tables, link_shared, untie_dense
 from toolchain.modules import vq_modules
 from toolchain.objects import ObjectStore
-from toolchain.values import BitPlan, LayerPlan, LayerSpec, VQCode
+from toolchain.values import BitPlan, LayerSpec, VQCode
 from toolchain.vq.weights import VQGroup, VQWeights
 
 
@@ -86,7 +86,7 @@ def quantize_in_sequence(
     return tuple(results)
 
 
-def groups_of(specs: Sequence[LayerSpec]) -> dict[str, list[LayerSpec]]:
+def groups_of(specs: Iterable[LayerSpec]) -> dict[str, list[LayerSpec]]:
     """Group → members, in order."""
     groups: dict[str, list[LayerSpec]] = {}
     for spec in specs:
@@ -189,5 +189,4 @@ def link_tables(model: nn.Module, plan: BitPlan) -> None:
 
 def planned_code(plan: BitPlan, spec: LayerSpec) -> VQCode:
     """The code a plan gives a layer."""
-    layer: LayerPlan = plan.layer(spec.name)
-    return layer.vq_code
+    return plan.layer(spec.name).vq_code

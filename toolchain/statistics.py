@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from toolchain.calibration import CalibrationInput
 from toolchain.errors import InputDataError
 from toolchain.modules import patch_rows
+from toolchain.sequence import groups_of
 from toolchain.values import LayerSpec
 from toolchain.vq.curvature import token_masses, unit_mean
 
@@ -188,16 +189,13 @@ def _statistics(
     specs: Sequence[LayerSpec], sums: dict[str, _Sums], inputs: Sequence[CalibrationInput], power: float
 ) -> LossStatistics:
     found = LossStatistics()
-    groups: dict[str, list[LayerSpec]] = {}
     for spec in specs:
-        if spec.kind != "embedding":
-            groups.setdefault(spec.group, []).append(spec)
         own = sums[spec.name]
         if own.rows is not None:
             found.rows[spec.name] = unit_mean(own.rows)
         if own.probes:
             found.probes[spec.name] = own.probes
-    for group, members in groups.items():
+    for group, members in groups_of(spec for spec in specs if spec.kind != "embedding").items():
         rows = sum(spec.rows for spec in members)
         for spec in members:
             if len(sums[spec.name].norms) != len(inputs):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toolchain.baselines.compared import ComparedMethod
 from toolchain.bitplan import KEPT_BYTES, BitCount, part_of_kept
 from toolchain.bitplan import plan as plan_bits
-from toolchain.calibration import CalibrationInput, calibration_inputs, collect_moments, tied_moment
+from toolchain.calibration import calibration_inputs, layer_moments
 from toolchain.checkpoint import load_model
 from toolchain.errors import MgvqError
 from toolchain.models.family import family_for, read_config
@@ -70,7 +70,7 @@ def quantize_dense(
     total = sum(not spec.tied_to for spec in specs)
     for order in sorted({spec.order for spec in specs}):
         step = [spec for spec in specs if spec.order == order and not spec.tied_to]
-        moments = _moments(model, inputs, step, specs)
+        moments = layer_moments(model, inputs, step, specs)
         for group in dict.fromkeys(spec.group for spec in step):
             members = [spec for spec in step if spec.group == group]
             code = VQCode.parse(plan.layer(members[0].name).code)
@@ -83,25 +83,6 @@ def quantize_dense(
                 if progress:
                     progress(result, len(results), total)
     return DenseResult(model, plan, tuple(results), dense_bits(plan, sizes), time.monotonic() - began)
-
-
-def _moments(
-    model: nn.Module, inputs: list[CalibrationInput], step: list[LayerSpec], specs: tuple[LayerSpec, ...]
-) -> dict[str, Tensor]:
-    """Layer name → H float32[n, n]. An embedding's is the identity, half of it the head's where they are tied."""
-    heads = {spec.tied_to: spec for spec in specs if spec.tied_to}
-    asked = [spec for spec in step if spec.kind != "embedding"]
-    asked += [heads[spec.name] for spec in step if spec.kind == "embedding" and spec.name in heads]
-    collected = collect_moments(model, inputs, asked) if asked else {}
-    found = {}
-    for spec in step:
-        if spec.kind != "embedding":
-            found[spec.name] = collected[spec.name].second_moment
-            continue
-        found[spec.name] = torch.eye(spec.columns)
-        if spec.name in heads:
-            found[spec.name] = tied_moment(collected[heads[spec.name].name].second_moment)
-    return found
 
 
 def _quantize_members(
