@@ -1,0 +1,70 @@
+// What libmgvq_kernels.so exports: launchers with raw pointers, free of TensorRT and torch. Plain C at the boundary, so that
+// ctypes can call it. Every launcher only enqueues on `stream`: no allocation, no synchronization, no host copy, so it may be
+// captured in a CUDA graph. Results are the same bits for the same arguments, tactic and device.
+//
+// All pointers are device memory unless said otherwise. Return cudaErrorInvalidValue for arguments that are refused (then
+// mgvq_reason() says why, per thread) and whatever the launch returned else; nothing is launched on a refusal.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define MGVQ_API extern "C" __attribute__((visibility("default")))
+
+// A K-segment of a weight, or the whole of it.
+struct MgvqSegment {
+  const void* codes;    // int8[codes_bytes(code, rows, columns)] in device order, 16-byte aligned
+  const void* table;    // [2^window, vector], fp16 for vector 2 and int8 for vector 4, 16-byte aligned
+  const void* scales;   // fp16[rows], 2-byte aligned
+  int64_t columns;      // a multiple of 64 in all segments but the last
+  int32_t vector, shift, window, reserved;
+};
+
+// W[rows, columns]: segments side by side along the columns.
+struct MgvqMatrix {
+  const MgvqSegment* segments;  // host memory, segment_count of them
+  int64_t rows;
+  int32_t segment_count;        // 1..3
+  int32_t reserved;
+};
+
+enum MgvqType : int32_t { kMgvqFloat16 = 0, kMgvqFloat32 = 1, kMgvqInt32 = 2, kMgvqInt64 = 3 };
+
+// Version of this header; a caller refuses a library with another one.
+inline constexpr int32_t kMgvqAbi = 1;
+MGVQ_API int32_t mgvq_abi();
+// Compute capabilities the library carries machine code for, ascending ("80 86 87"): a static string.
+MGVQ_API const char* mgvq_architectures();
+// Why the last call of this thread was refused; "" when it was not.
+MGVQ_API const char* mgvq_reason();
+
+// Bytes of workspace mgvq_linear needs for `tokens` with a tactic (0: the default) on the current device; -1 on a refusal.
+MGVQ_API int64_t mgvq_linear_workspace(const MgvqMatrix* weight, int64_t tokens, int32_t tactic);
+
+// y = x Wᵀ + bias. Products in fp16 (x rounded to fp16, clamped to ±65504), sums in fp32, each segment's sum times its row
+// scale in fp32, then the bias, then one rounding to y's type. tokens 0 does nothing.
+//   x [tokens, columns], row stride x_stride elements; x_type fp16 or fp32; 16-byte aligned rows
+//   y [tokens, rows], row stride y_stride elements; y_type fp16 or fp32; 4-byte aligned rows
+//   bias [rows] in bias_type, or null
+//   tactic: mgvq::id_of, 0 for the default
+MGVQ_API cudaError_t mgvq_linear(const MgvqMatrix* weight, const void* x, MgvqType x_type, int64_t x_stride, void* y,
+                                 MgvqType y_type, int64_t y_stride, const void* bias, MgvqType bias_type, int64_t tokens,
+                                 int32_t tactic, void* workspace, int64_t workspace_size, cudaStream_t stream);
+
+// out[rows, columns] fp16 = round(scale · entry), row stride out_stride elements: the oracle, and the way to cuBLAS.
+MGVQ_API cudaError_t mgvq_dequantize(const MgvqMatrix* weight, void* out, int64_t out_stride, cudaStream_t stream);
+
+// out[i, :] = W[ids[i], :] in out_type (fp16 or fp32), rounded once from the exact product; ids int32 or int64. An id outside
+// 0..rows-1 gives a row of zeros.
+MGVQ_API cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType ids_type, int64_t count, void* out,
+                                    MgvqType out_type, cudaStream_t stream);
+
+// embeddings[i, :] = features[place[i], :] where place[i] >= 0, else untouched: image features over their token positions.
+//   embeddings [count, width], features [feature_count, width], both of `type`; place int32[count], below feature_count
+MGVQ_API cudaError_t mgvq_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
+                                         int64_t feature_count, int64_t width, MgvqType type, cudaStream_t stream);
+
+// Reads `bytes` (a multiple of 16) once and writes one checksum word to sink: the measured roof of `mgvq bench kernels`.
+MGVQ_API cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStream_t stream);
