@@ -18,7 +18,7 @@ from toolchain.config import Settings
 from toolchain.errors import BudgetError, InputDataError
 from toolchain.evaluate import refuse_overlap
 from toolchain.folders import Checkpoint, open_checkpoint
-from toolchain.models.family import Family, chat_template, family_for, read_config, read_json
+from toolchain.models.family import Family, chat_template, family_for, limited_settings, read_config, read_json
 from toolchain.planning import ModelPlan, overlapping_codes, parse_image, plan_model
 from toolchain.report import write_report
 from toolchain.report.data import report_data
@@ -94,7 +94,7 @@ def run_line(checked: Checked, run: RunFolder, reporter: Reporter, baselines: Se
         evaluated = _evaluate_stage(checked, run, reporter, quantized, others)
         facts["accuracy"] = evaluated.summary["accuracy"]
     exported = _export_stage(checked, run, reporter, quantized)
-    rewritten = _rewrite_stage(run, reporter, exported)
+    rewritten = _rewrite_stage(checked, run, reporter, exported)
     validated = _validate_stage(checked, run, reporter, quantized, exported, rewritten)
     facts["validation"] = validated.summary
     facts["bundle"] = str(_bundle(checked, run, reporter))
@@ -216,17 +216,24 @@ def _export_stage(checked: Checked, run: RunFolder, reporter: Reporter, quantize
     return result
 
 
-def _rewrite_stage(run: RunFolder, reporter: Reporter, exported: StageResult) -> StageResult:
-    from toolchain.graph.pipeline import device_form, portable_form
+def _rewrite_stage(checked: Checked, run: RunFolder, reporter: Reporter, exported: StageResult) -> StageResult:
+    from toolchain.graph.pipeline import RewriteOptions, device_form, portable_form
+
+    config, source, workload = checked.checkpoint.config, checked.settings.model, checked.plan.memory.workload
+    settings = checked.family.host_settings(config, source)
+    settings = limited_settings(settings, workload.max_pixels, workload.context_tokens)
+    profiles = checked.family.profiles(config, source, settings)
+    block = checked.target.largest_block_default_bytes
+    options = RewriteOptions.for_profiles(profiles, block_bytes=block)
 
     def work(folder: Path) -> dict[str, Any]:
         for name in ("device", "portable"):
             (folder / name).mkdir(parents=True)
-        portable_form(exported.folder, folder / "portable")
-        return device_form(exported.folder, folder / "device").to_json()
+        portable_form(exported.folder, folder / "portable", options)
+        return device_form(exported.folder, folder / "device", options).to_json()
 
     reporter.stage("rewrite    device graphs with plugin nodes, portable graphs with bodies")
-    result = run.stage("40-rewrite", {}, work)
+    result = run.stage("40-rewrite", {"block_bytes": block, "largest": _plain(options.largest)}, work)
     graphs, sidecar = result.summary["graphs"], result.summary["sidecar"]
     nodes = ", ".join(f"{g['name']} {g['nodes_before']} → {g['nodes_after']}" for g in graphs)
     reporter.done(f"{_note(result)}{nodes} nodes; weights outside the graphs {sidecar['bytes'] / 2**20:.2f} MiB")

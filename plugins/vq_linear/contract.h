@@ -15,7 +15,7 @@ inline constexpr int kChunkRows = 16;  // rows of a chunk: windows of its stream
 inline constexpr int kRowStride = 8;  // distance of neighbouring rows of a chunk
 
 inline constexpr char kLinearName[] = "VQLinear";
-// y = x Wᵀ + bias, W[i, block] = scales[i] · table[window]; the format is defined by toolchain/vq/format.py
+// y = x Wᵀ + bias, W[i, block] = scales[i] · table[window] (toolchain/vq/format.py); the plugin rounds x to float16
 inline constexpr int kLinearInputX = 0;  // float|float16 [..., columns]
 inline constexpr int kLinearInputCodes = 1;  // int8 [bytes] in device order ([R, 8, C, 16] in the reference form)
 inline constexpr int kLinearInputTable = 2;  // int8|float16 [2^window, vector]

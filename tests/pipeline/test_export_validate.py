@@ -1,10 +1,9 @@
-"""Both families from a quantized checkpoint through export, rewrite and validation, and into a TensorRT compiler."""
+"""Both families from a quantized checkpoint through export, rewrite and validation: every form agrees at every tap."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,62 +11,18 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from recorded_lines import GRAPHS, against, prompts_of
 
-from toolchain.calibration import read_manifest
-from toolchain.checkpoint import load_model, load_quantized
+from toolchain.checkpoint import load_model
 from toolchain.device.answer import greedy
-from toolchain.device.families.base import open_image
 from toolchain.device.ort import ort_graphs
 from toolchain.errors import EnvironmentMismatch, NumericGateError
-from toolchain.graph.compare import Source, answered, compare_calls
 from toolchain.graph.export import reference_graphs_from_model
-from toolchain.graph.pipeline import device_form, portable_form
 from toolchain.graph.plugin_op import device_graphs
 from toolchain.graph.reference import load_reference, record_calls
 from toolchain.graph.validate import mixed_batches, validate_line
-from toolchain.models.family import family_for, read_config
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded, vq_modules
-from toolchain.quantize import quantize_checkpoint
-
-GRAPHS = ("vision", "embed", "decoder")
-
-
-@pytest.fixture(scope="module", params=["tiny_qwen2_vl", "tiny_internvl"])
-def line(request, tiny_manifest, tmp_path_factory) -> SimpleNamespace:
-    """One family's stage folders, made once. Read only."""
-    model: Path = request.getfixturevalue(request.param)
-    root = tmp_path_factory.mktemp(request.param)
-    samples = read_manifest(tiny_manifest)
-    quantize_checkpoint(model, samples[:2], root / "quantized", method="rtn")
-    quantized = load_quantized(root / "quantized")
-    family = family_for(read_config(model))
-    for name in ("reference", "device", "portable"):
-        (root / name).mkdir()
-    exported = reference_graphs_from_model(quantized, family, root / "reference")
-    report = device_form(root / "reference", root / "device")
-    portable_form(root / "reference", root / "portable")
-    host = family.load_host(read_config(model), model)
-    return SimpleNamespace(
-        root=root, model=model, quantized=quantized, family=family, exported=exported, report=report, host=host,
-        samples=samples,
-    )  # fmt: skip
-
-
-def prompts_of(line, count: int):
-    return [line.host.prepare(open_image(s.image), s.prompt) for s in line.samples[:count]]
-
-
-def against(name: str, graphs, calls):
-    return compare_calls("torch", calls, name, answered(Source(name, graphs), calls))
-
-
-@pytest.fixture(scope="module")
-def recorded(line):
-    """Every call of the quantized torch model over prefill and three decode steps."""
-    with keep_decoded(line.quantized):
-        graphs = torch_graphs(line.family, line.quantized)
-        return record_calls(line.host, graphs, mixed_batches(prompts_of(line, 4)), 3)
 
 
 def validate(line, folder: Path, **options):
@@ -80,8 +35,8 @@ def test_every_form_agrees_at_every_tap(line, tmp_path):
     assert result.passed
     assert "2 of 2 answers equal generate" in result.text()
     data = json.loads((tmp_path / "validation.json").read_text())
-    full, reference, device = data["reports"]
-    assert [report["b"] for report in data["reports"]] == ["pytorch-quantized", "onnx-reference", "onnx-device"]
+    full, reference, exact, device = data["reports"]
+    assert [report["b"] for report in data["reports"][1:]] == ["onnx-reference", "onnx-device-float32", "onnx-device"]
     assert {tap["verdict"] for tap in full["taps"]} == {"reported"}
     assert full["taps"][0]["relative"] > 1e-3
     taps = [tap["tap"] for tap in reference["taps"]]
@@ -89,7 +44,10 @@ def test_every_form_agrees_at_every_tap(line, tmp_path):
     assert taps[:7] == [*first, "decoder.layers.1", "logits"]
     assert taps[7:] == [f"present.{i}.{name}" for i in (0, 1) for name in ("key", "value")]
     assert not any("layers" in tap["tap"] or "blocks" in tap["tap"] for tap in device["taps"])
-    assert all(tap["share"] < 0.1 for report in (reference, device) for tap in report["taps"])
+    assert all(tap["share"] < 0.1 for report in (reference, exact) for tap in report["taps"])
+    # Float16 work is budgeted by what the full-precision model loses in it, and is not free.
+    logits = next(tap for tap in device["taps"] if tap["tap"] == "logits")
+    assert 1e-5 < logits["relative"] < logits["budget"] < 0.05
 
 
 def test_stored_reference_can_be_repeated_by_the_portable_graphs(line, tmp_path):
@@ -102,12 +60,14 @@ def test_stored_reference_can_be_repeated_by_the_portable_graphs(line, tmp_path)
 
 
 def test_a_failed_gate_writes_the_report_and_raises(line, tmp_path, monkeypatch):
-    def broken(folder: Path):
-        graphs = device_graphs(folder)
+    def broken(folder: Path, arithmetic: str = "device"):
+        graphs = device_graphs(folder, arithmetic)
         return graphs | {"embed": lambda feeds: {k: 1.1 * v for k, v in graphs["embed"](feeds).items()}}
 
     monkeypatch.setattr("toolchain.graph.validate.device_graphs", broken)
-    with pytest.raises(NumericGateError, match=r"onnx-device against pytorch-quantized: .* embed/inputs_embeds"):
+    with pytest.raises(
+        NumericGateError, match=r"onnx-device-float32 against pytorch-quantized: .* embed/inputs_embeds"
+    ):
         validate(line, tmp_path)
     assert json.loads((tmp_path / "validation.json").read_text())["passed"] is False
 
@@ -140,7 +100,7 @@ def test_a_changed_weight_is_found_at_its_tap(line, recorded, tmp_path):
     name = next(name for name in tensors if "language_model.layers.1.self_attn.k_proj" in name and "scales" in name)
     tensors[name] = tensors[name] * np.float16(1.5)
     save_file(tensors, tmp_path / "weights.safetensors")
-    report = against("device", device_graphs(tmp_path), recorded[:3])
+    report = against("device", device_graphs(tmp_path, "float32"), recorded[:3])
     failed = [tap.tap for tap in report.taps if tap.verdict == "fail"]
     assert "present.1.key" in failed
     assert "present.0.key" not in failed
@@ -184,16 +144,3 @@ def test_the_float_model_exports_by_the_same_function(line, tmp_path):
     assert [graph.vq_nodes for graph in exported] == [0, 0, 0]
     calls = record_calls(line.host, torch_graphs(line.family, model), mixed_batches(prompts_of(line, 2)), 1)
     against("onnx", ort_graphs(tmp_path), calls).require()
-
-
-@pytest.mark.rtx
-@pytest.mark.parametrize("form", ["reference", "portable"])
-def test_tensorrt_for_rtx_compiles_every_graph_without_a_gpu(line, form, tmp_path):
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-    from toolchain.device.engine import DEFAULT_SM, Builder, load_backend
-
-    builder = Builder(load_backend("tensorrt_rtx"), "tensorrt_rtx", DEFAULT_SM, None, None)
-    profiles = line.family.profiles(read_config(line.model), line.model)
-    for name in GRAPHS:
-        built = builder.build(name, line.root / form / f"{name}.onnx", profiles[name], tmp_path / f"{name}.engine")
-        assert built.bytes > 0

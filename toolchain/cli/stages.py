@@ -123,26 +123,106 @@ def export(model: ModelOption, output: OutputOption, form: FormatOption = Format
 
 @app.command()
 def rewrite(
-    graphs: Annotated[Path, typer.Argument(help="Folder of reference graphs, as mgvq export writes it.")],
     output: OutputOption,
+    graphs: Annotated[
+        Path | None, typer.Argument(help="Folder of reference graphs, as mgvq export writes it.", show_default=False)
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="An ONNX file from elsewhere: quantized here, then rewritten.")
+    ] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Option(help="With --onnx: .npz with one run's inputs, for second moments. Repeatable.")
+    ] = None,
+    code: Annotated[
+        list[str] | None, typer.Option(help="With --onnx: PATTERN=V,k,L for layers by name; last match wins.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --onnx: seed of the tables' training; 0 if not given.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="With GRAPHS: checkpoint whose largest picture sets tiles.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Board whose largest block of memory bounds every weight; see mgvq targets.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Matrix work of the device form: mixed (float16) or float32.")
+    ] = "mixed",
     form: FormatOption = Format.text,
 ) -> None:
-    """Rewrite reference graphs to the device form (plugin nodes, weights outside) and the portable form."""
-    from toolchain.folders import staged_folder
+    """Rewrite graphs to the device form (plugin nodes, weights outside) and the portable form."""
+    from toolchain.folders import check_output, staged_folder
+
+    if (graphs is None) == (onnx is None):
+        raise UsageError("give a folder of reference graphs, or --onnx FILE, one of the two")
+    _refuse_idle("--onnx", onnx, {"--inputs": inputs, "--code": code, "--seed": seed})
+    _refuse_idle("a folder of graphs", graphs, {"--model": model})
+    options = _rewrite_options(model, target, precision)
+    check_output(output)
+    with staged_folder(output) as folder:
+        foreign = _quantize_foreign(onnx, folder, inputs or [], code or [], seed or 0) if onnx else None
+        data = _rewrite_into(graphs or folder / "reference", folder, options)
+    if foreign is not None:
+        data["foreign"] = foreign
+    emit(data, _rewrite_text(data), form)
+
+
+def _refuse_idle(needed: str, given: object, flags: dict[str, Any]) -> None:
+    """Refuse flags that have no effect without what they belong to."""
+    if given is None and (idle := [name for name, value in flags.items() if value is not None]):
+        raise UsageError(f"{', '.join(idle)}: no effect without {needed}; leave it out")
+
+
+def _rewrite_options(model: Path | None, target: str | None, precision: str):
+    from toolchain.graph.pipeline import RewriteOptions
+    from toolchain.models.family import family_for, limited_settings, read_config
+    from toolchain.target import load_target
+
+    board = None if target is None else load_target(target)
+    block = None if board is None else board.largest_block_default_bytes
+    profiles = {}
+    if model is not None:
+        family, config = family_for(read_config(model)), read_config(model)
+        settings = family.host_settings(config, model)
+        if board is not None:
+            settings = limited_settings(settings, board.max_image_pixels, board.default_context_tokens)
+        profiles = family.profiles(config, model, settings)
+    return RewriteOptions.for_profiles(profiles, block_bytes=block, precision=precision)
+
+
+def _quantize_foreign(source: Path, folder: Path, inputs: list[Path], codes: list[str], seed: int) -> dict[str, Any]:
+    from toolchain.graph.foreign import quantized_foreign
+    from toolchain.values import write_json
+
+    (folder / "reference").mkdir()
+    report = quantized_foreign(source, folder / "reference" / source.name, inputs, parse_codes(codes), seed).to_json()
+    write_json(folder / "foreign.json", report)
+    return report
+
+
+def _rewrite_into(graphs: Path, folder: Path, options: Any) -> dict[str, Any]:
     from toolchain.graph.pipeline import device_form, portable_form, reference_paths
 
     reference_paths(graphs)
-    with staged_folder(output) as folder:
-        for name in ("device", "portable"):
-            (folder / name).mkdir()
-        portable_form(graphs, folder / "portable")
-        report = device_form(graphs, folder / "device")
-    data = report.to_json()
+    for name in ("device", "portable"):
+        (folder / name).mkdir()
+    portable_form(graphs, folder / "portable", options)
+    return device_form(graphs, folder / "device", options).to_json()
+
+
+def _rewrite_text(data: dict[str, Any]) -> str:
     rows = [
         {"graph": g["name"], "nodes": f"{g['nodes_before']} → {g['nodes_after']}", "VQ nodes": g["vq_nodes"]}
         for g in data["graphs"]
     ]
-    emit(data, table(rows, ["graph", "nodes", "VQ nodes"]) + f"\nweights outside: {size(report.sidecar_bytes)}", form)
+    lines = [table(rows, ["graph", "nodes", "VQ nodes"]), f"weights outside: {size(data['sidecar']['bytes'])}"]
+    if foreign := data.get("foreign"):
+        layers = [
+            {"layer": x["name"], "code": x["code"], "relative error": f"{x['relative_error']:.4f}"}
+            for x in foreign["layers"]
+        ]
+        lines.append(table(layers, ["layer", "code", "relative error"]))
+        lines += [f"left as it is: {x['where']}: {x['reason']}" for x in foreign["refused"]]
+        lines += [f"output {name}: relative error {error:.4f}" for name, error in foreign["output_errors"].items()]
+    return "\n".join(lines)
 
 
 @app.command()

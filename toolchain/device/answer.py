@@ -2,12 +2,16 @@
 
 A graph is anything that maps named arrays to named arrays. Keys and values live in one preallocated buffer per layer
 with the sequence outermost, so that its filled prefix is a contiguous array and nothing is ever concatenated.
+
+Two ways to call the decoder, of equal results (`CachePlan`): with the past at its exact length, or, as a device wants
+it, with a past of few fixed lengths, the mask hiding what is not filled, so that shapes stay from step to step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,18 +33,54 @@ class CacheShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """Which lengths the decoder is called with.
+
+    Args:
+        buckets: lengths of past, rising; a call takes the smallest that holds what is filled, never an empty past.
+            None at all: the exact length.
+        chunk: the most new tokens a call takes; a longer prompt is decoded in pieces. None: no limit.
+    """
+
+    buckets: tuple[int, ...] = ()
+    chunk: int | None = None
+
+    @classmethod
+    def from_settings(cls, decoder: Mapping[str, Any]) -> CachePlan:
+        """The plan that engines are built for, from host.json's section about the decoder."""
+        return cls(tuple(decoder.get("past_buckets", ())), decoder.get("prefill_chunk"))
+
+    def past_length(self, filled: int) -> int:
+        """Length of past to call with.
+
+        Raises:
+            UsageError: the longest bucket does not hold `filled`.
+        """
+        if not self.buckets:
+            return filled
+        fitting = [length for length in self.buckets if length >= filled]
+        if not fitting:
+            raise UsageError(
+                f"{filled} tokens of context exceed the longest the engines are built for, {self.buckets[-1]}; shorten "
+                "the prompt, use a smaller picture, or ask for fewer tokens"
+            )
+        return fitting[0]
+
+
 class KeyValueCache:
-    """Preallocated keys and values, filled from the front."""
+    """Preallocated keys and values, filled from the front; what is not filled is zero."""
 
     def __init__(self, shape: CacheShape, batch: int, capacity: int) -> None:
         size = (shape.layers, 2, capacity, batch, shape.kv_heads, shape.head_dim)
         self._buffer = np.zeros(size, dtype=np.float32)
         self.length = 0
 
-    def feeds(self) -> Feeds:
-        """past.{layer}.key and past.{layer}.value: views of the filled prefix."""
+    def feeds(self, length: int | None = None) -> Feeds:
+        """past.{layer}.key and past.{layer}.value: views of the first `length` places, of the filled ones if None."""
+        end = self.length if length is None else length
         return {
-            f"past.{layer}.{name}": self._buffer[layer, which, : self.length]
+            f"past.{layer}.{name}": self._buffer[layer, which, :end]
             for layer in range(self._buffer.shape[0])
             for which, name in enumerate(("key", "value"))
         }
@@ -58,9 +98,15 @@ class Decoding:
     """One batch of prompts on its way through the graphs: `prefill`, then `step` with the tokens that were chosen."""
 
     def __init__(
-        self, host: Host, graphs: Graphs, prompts: list[Prepared], max_new_tokens: int, watch: Watcher | None = None
+        self,
+        host: Host,
+        graphs: Graphs,
+        prompts: list[Prepared],
+        max_new_tokens: int,
+        watch: Watcher | None = None,
+        plan: CachePlan | None = None,
     ):
-        self.host, self.graphs, self.watch = host, graphs, watch
+        self.host, self.graphs, self.watch, self.plan = host, graphs, watch, plan or CachePlan()
         self.batch: PromptBatch = host.collate(prompts)
         shape = CacheShape(**host.settings["decoder"]["cache"])
         length = self.batch.input_ids.shape[1]
@@ -70,7 +116,8 @@ class Decoding:
                 f"prompt of {length} tokens (pictures included) and {max_new_tokens} new ones exceed the context of "
                 f"{limit}; shorten the prompt, use a smaller picture, or ask for fewer tokens"
             )
-        self.cache = KeyValueCache(shape, len(prompts), length + max_new_tokens)
+        total = length + max_new_tokens
+        self.cache = KeyValueCache(shape, len(prompts), max(total, self.plan.past_length(total - 1)))
         self.mask = self.batch.attention_mask
         self.steps = 0
 
@@ -94,12 +141,24 @@ class Decoding:
 
     def _decode(self, ids: NDArray, features: NDArray, positions: NDArray) -> NDArray[np.float32]:
         embeds = self._run("embed", {"input_ids": ids, "image_features": features})["inputs_embeds"]
+        chunk = self.plan.chunk or ids.shape[1]
+        logits = np.zeros(0, dtype=np.float32)
+        for start in range(0, ids.shape[1], chunk):
+            part = slice(start, start + chunk)
+            logits = self._decode_part(embeds[:, part], positions[:, :, part])
+        return logits
+
+    def _decode_part(self, embeds: NDArray, positions: NDArray) -> NDArray[np.float32]:
+        """One call of the decoder: the tokens that follow what the cache holds."""
+        filled, length = self.cache.length, self.plan.past_length(self.cache.length)
+        unfilled = np.zeros((self.mask.shape[0], length - filled), dtype=np.int64)
+        new = self.mask[:, filled : filled + embeds.shape[1]]
         feeds = {
             "inputs_embeds": embeds,
-            "attention_mask": self.mask,
+            "attention_mask": np.concatenate([self.mask[:, :filled], unfilled, new], axis=1),
             "position_ids": positions if self.host.axes > 1 else positions[0],
         }
-        outputs = self._run("decoder", feeds | self.cache.feeds())
+        outputs = self._run("decoder", feeds | self.cache.feeds(length))
         self.cache.append(outputs)
         return outputs["logits"]
 
@@ -117,12 +176,13 @@ def greedy(
     max_new_tokens: int,
     on_token: Callable[[int, int], None] | None = None,
     watch: Watcher | None = None,
+    plan: CachePlan | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt's greedy answer, the stop token included where one was reached.
 
     `on_token(prompt, id)` is called as tokens appear; `watch` sees every graph call.
     """
-    decoding = Decoding(host, graphs, prompts, max_new_tokens, watch)
+    decoding = Decoding(host, graphs, prompts, max_new_tokens, watch, plan)
     answers: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), dtype=bool)
     logits = decoding.prefill()

@@ -10,7 +10,7 @@ padding attend to nothing and hold whatever the kernel leaves there, so they are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ from toolchain.graph.reference import Call
 # layers: at most 1.4e-6 relative (logits). If it grows with the square root of depth, 80 layers reach 5e-6; the rest is
 # room for longer sums. Rows or tables in the wrong place give an error of the size of the output itself.
 FLOAT32_BUDGET = 1e-4
+# Float16 against float32: twice what the plain implementation, the full-precision model run in float16, is off by.
+HALF_FACTOR = 2.0
+
+Budget = float | Mapping[tuple[str, str], float] | None  # one for all taps; by (graph, tap); None gates nothing
 
 TAP_ORDER = ("vision.blocks.", "image_features", "inputs_embeds", "decoder.layers.", "logits", "present.")
 
@@ -84,7 +88,13 @@ class ValidationReport:
 
     @property
     def worst(self) -> TapError:
-        return max(self.taps, key=lambda tap: np.inf if np.isnan(tap.relative) else tap.relative)
+        """The tap that uses most of its budget; where nothing gates, the one of largest relative error."""
+
+        def badness(tap: TapError) -> float:
+            found = tap.relative if tap.share is None else tap.share
+            return np.inf if np.isnan(found) else found
+
+        return max(self.taps, key=badness)
 
     def require(self) -> None:
         """Raises NumericGateError naming the first tap beyond its budget."""
@@ -112,8 +122,8 @@ def answered(source: Source, calls: Iterable[Call]) -> list[Call]:
     return [dataclasses.replace(call, outputs=source.graphs[call.graph](call.feeds)) for call in calls]
 
 
-def compare(a: Source, b: Source, calls: Sequence[Call], budget: float | None = FLOAT32_BUDGET) -> ValidationReport:
-    """Both sources answer the inputs of every call; `budget` None reports without a gate.
+def compare(a: Source, b: Source, calls: Sequence[Call], budget: Budget = FLOAT32_BUDGET) -> ValidationReport:
+    """Both sources answer the inputs of every call; `budget` None, or one that lacks a tap, reports without a gate.
 
     Raises:
         UsageError: nothing was compared: no calls, or no output that both have.
@@ -123,18 +133,34 @@ def compare(a: Source, b: Source, calls: Sequence[Call], budget: float | None = 
 
 
 def compare_calls(
-    a: str, a_calls: Sequence[Call], b: str, b_calls: Sequence[Call], budget: float | None = FLOAT32_BUDGET
+    a: str, a_calls: Sequence[Call], b: str, b_calls: Sequence[Call], budget: Budget = FLOAT32_BUDGET
 ) -> ValidationReport:
     """As `compare`, on outputs that are there already; call n of both has the same inputs."""
     worst: dict[tuple[str, str], TapError] = {}
     for expected, found in zip(a_calls, b_calls, strict=True):
         for tap in (name for name in expected.outputs if name in found.outputs):
-            error = _tap_error(expected, tap, found.outputs[tap], budget)
+            own = budget.get((expected.graph, tap)) if isinstance(budget, Mapping) else budget
+            error = _tap_error(expected, tap, found.outputs[tap], own)
             before = worst.get((expected.graph, tap))
             worst[expected.graph, tap] = error if before is None else _worse(before, error)
     if not worst:
         raise UsageError(f"validation of {b} against {a}: nothing was compared; expected at least one call")
     return ValidationReport(a, b, tuple(sorted(worst.values(), key=_place)))
+
+
+def half_budgets(full: Sequence[Call], half: Sequence[Call]) -> dict[tuple[str, str], float]:
+    """(graph, tap) → budget for float16 work, from one model's calls in float32 and in float16.
+
+    Calls with padding are left out: in float16 a wholly masked row of a plain implementation is NaN.
+    """
+    pairs = [(a, b) for a, b in zip(full, half, strict=True) if not _is_padded(a)]
+    report = compare_calls("float32", [a for a, _ in pairs], "float16", [b for _, b in pairs], budget=None)
+    return {(tap.graph, tap.tap): max(FLOAT32_BUDGET, HALF_FACTOR * tap.relative) for tap in report.taps}
+
+
+def _is_padded(call: Call) -> bool:
+    mask = call.feeds.get("attention_mask")
+    return mask is not None and not np.asarray(mask).all()
 
 
 def _place(tap: TapError) -> tuple[int, int]:

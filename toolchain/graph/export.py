@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import time
 import warnings
 from collections import Counter
@@ -85,6 +86,7 @@ def export_graph(spec: GraphSpec, names: dict[nn.Module, str], folder: Path) -> 
         _attach_weights(model.graph, node, *_twin_of_node(node, twins, names, spec.name))
     _append_bodies(model, vq_nodes)
     _rename_parameters(model.graph, paths)
+    _name_dimensions(model.graph)
     model.graph.name = spec.name
     model.metadata_props.clear()
     model.metadata_props.update({TAPS_KEY: json.dumps(list(spec.taps)), FORMAT_KEY: str(FORMAT_VERSION)})
@@ -193,6 +195,20 @@ def _rename_parameters(graph: ir.Graph, paths: dict[str, str]) -> None:
             del graph.initializers[name]
             value.name = renamed
             graph.register_initializer(value)
+
+
+def _name_dimensions(graph: ir.Graph) -> None:
+    """Free sizes that the tracer numbered (s53) are named after the input that brings them: attention_mask.1."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value and re.fullmatch(r"s\d+", size.value):
+                names.setdefault(size.value, f"{value.name}.{axis}")
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value in names:
+                value.shape[axis] = names[size.value]  # type: ignore[index]
 
 
 def _append_bodies(model: ir.Model, vq_nodes: list[ir.Node]) -> None:

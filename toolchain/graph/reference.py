@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from toolchain.device.answer import Decoding, Graphs
+from toolchain.device.answer import CachePlan, Decoding, Graphs
 from toolchain.device.families import Host, Prepared
 from toolchain.device.families.base import Feeds
 from toolchain.errors import InputDataError
@@ -36,15 +36,28 @@ class Call:
     outputs: dict[str, NDArray]
 
 
-def record_calls(host: Host, graphs: Graphs, batches: Sequence[list[Prepared]], decode_steps: int) -> list[Call]:
-    """Every graph call of prefill and `decode_steps` greedy tokens of each batch of prompts."""
+def record_calls(
+    host: Host,
+    graphs: Graphs,
+    batches: Sequence[list[Prepared]],
+    decode_steps: int,
+    plan: CachePlan | None = None,
+) -> list[Call]:
+    """Every graph call of prefill and `decode_steps` greedy tokens of each batch of prompts.
+
+    With a plan the past comes in its buckets, and steps are called bucket instead of batch.
+    """
+    kind = "bucket" if plan else "batch"
     calls: list[Call] = []
     for number, prompts in enumerate(batches):
-        calls += _calls_of_batch(host, graphs, prompts, decode_steps, f"batch{len(prompts)}.{number}")
+        name = f"{kind}{len(prompts)}.{number}"
+        calls += _calls_of_batch(host, graphs, prompts, decode_steps, name, plan)
     return calls
 
 
-def _calls_of_batch(host: Host, graphs: Graphs, prompts: list[Prepared], decode_steps: int, name: str) -> list[Call]:
+def _calls_of_batch(
+    host: Host, graphs: Graphs, prompts: list[Prepared], decode_steps: int, name: str, plan: CachePlan | None
+) -> list[Call]:
     calls: list[Call] = []
     step = f"{name}.prefill"
 
@@ -53,7 +66,7 @@ def _calls_of_batch(host: Host, graphs: Graphs, prompts: list[Prepared], decode_
         copied = {key: np.array(array) for key, array in feeds.items()}
         calls.append(Call(step, graph, copied, dict(outputs)))
 
-    decoding = Decoding(host, graphs, prompts, decode_steps + 1, watch)
+    decoding = Decoding(host, graphs, prompts, decode_steps + 1, watch, plan)
     logits = decoding.prefill()
     for n in range(1, decode_steps + 1):
         step = f"{name}.decode{n}"

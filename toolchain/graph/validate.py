@@ -2,10 +2,13 @@
 
     PyTorch fp         → PyTorch quantized     reported without a gate: what quantization costs, tap by tap
     PyTorch quantized  → reference graphs      gated: the export changed nothing
-    PyTorch quantized  → device graphs         gated: the rewrite and the stored bytes changed nothing
+    PyTorch quantized  → device, float32       gated: the rewrite and the stored bytes changed nothing
+    PyTorch quantized  → device graphs         gated: float16 matrix work costs no more than twice what the
+                                               full-precision model loses when it runs in float16
     generate           = reference graphs      gated: greedy answers equal token for token
 
-on one prompt alone and on pairs padded on the left, prefill and decode steps, pictures of several sizes.
+on one prompt alone, with the cache as it is and in a device's buckets, and on pairs padded on the left; prefill and
+decode steps, pictures of several sizes.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ import torch
 
 from toolchain.checkpoint import load_quantized
 from toolchain.dealing import load_dealt, read_orders
-from toolchain.device.answer import greedy
+from toolchain.device.answer import CachePlan, greedy
 from toolchain.device.families import Prepared
 from toolchain.device.families.base import open_image
 from toolchain.device.ort import ort_graphs
 from toolchain.errors import NumericGateError
-from toolchain.graph.compare import Source, ValidationReport, answered, compare_calls
+from toolchain.graph.compare import Source, ValidationReport, answered, compare_calls, half_budgets
 from toolchain.graph.plugin_op import device_graphs
 from toolchain.graph.reference import Call, record_calls, store_reference
 from toolchain.models.family import Family, Processor, read_config
@@ -32,7 +35,8 @@ from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded
 from toolchain.values import FORMAT_VERSION, Sample, write_json
 
-FLOAT, QUANTIZED, REFERENCE, DEVICE = "pytorch-fp", "pytorch-quantized", "onnx-reference", "onnx-device"
+FLOAT, QUANTIZED, REFERENCE = "pytorch-fp", "pytorch-quantized", "onnx-reference"
+EXACT_DEVICE, DEVICE = "onnx-device-float32", "onnx-device"
 ANSWER_TOKENS = 24
 
 
@@ -138,15 +142,18 @@ def validate_line(
     graphs = Source(REFERENCE, ort_graphs(reference, provider))
     loaded = load_quantized(quantized)
     with keep_decoded(loaded):
-        calls = record_calls(host, torch_graphs(family, loaded), mixed_batches(prompts), steps)
+        calls = _recorded(host, torch_graphs(family, loaded), prompts, steps)
         expected = [_generate(loaded, processor, sample) for sample in samples]
     full = load_dealt(model, family, read_config(model), read_orders(quantized))
-    floating = Source(FLOAT, torch_graphs(family, full))
-    rewritten = Source(DEVICE, device_graphs(device))
+    floating = answered(Source(FLOAT, torch_graphs(family, full)), calls)
+    half = answered(Source(FLOAT, torch_graphs(family, full.half())), calls)
+    exact = answered(Source(EXACT_DEVICE, device_graphs(device, "float32")), calls)
+    rewritten = answered(Source(DEVICE, device_graphs(device)), calls)
     reports = (
-        compare_calls(FLOAT, answered(floating, calls), QUANTIZED, calls, budget=None),
+        compare_calls(FLOAT, floating, QUANTIZED, calls, budget=None),
         compare_calls(QUANTIZED, calls, REFERENCE, answered(graphs, calls)),
-        compare_calls(QUANTIZED, calls, DEVICE, answered(rewritten, calls)),
+        compare_calls(QUANTIZED, calls, EXACT_DEVICE, exact),
+        compare_calls(QUANTIZED, calls, DEVICE, rewritten, half_budgets(floating, half)),
     )
     found = [greedy(host, graphs.graphs, [prompt], ANSWER_TOKENS)[0] for prompt in prompts]
     answers = tuple(AnswerCheck(s.prompt, tuple(e), tuple(f)) for s, e, f in zip(samples, expected, found))
@@ -162,6 +169,16 @@ def mixed_batches(prompts: Sequence[Prepared]) -> list[list[Prepared]]:
     ordered = sorted(prompts, key=lambda prompt: prompt.length)
     half = len(ordered) // 2
     return [ordered[:1], *([a, b] for a, b in zip(ordered[:half], reversed(ordered[len(ordered) - half :])))]
+
+
+def _recorded(host: Any, graphs: Any, prompts: Sequence[Prepared], steps: int) -> list[Call]:
+    """Calls of mixed batches with an exact cache, and of the shortest prompt with the cache a device is built for."""
+    batches = mixed_batches(prompts)
+    plan = CachePlan.from_settings(host.settings["decoder"])
+    return [
+        *record_calls(host, graphs, batches, steps),
+        *record_calls(host, graphs, batches[:1], steps, plan),
+    ]
 
 
 def _generate(model: Any, processor: Processor, sample: Sample) -> list[int]:

@@ -89,7 +89,7 @@ VQ_LINEAR = OpContract(
     ),
     Port("y", "[..., rows]", ("float",), FLOATING),
     ATTRIBUTES,
-    "y = x Wᵀ + bias, W[i, block] = scales[i] · table[window]; the format is defined by toolchain/vq/format.py",
+    "y = x Wᵀ + bias, W[i, block] = scales[i] · table[window] (toolchain/vq/format.py); the plugin rounds x to float16",
 )
 VQ_EMBEDDING = OpContract(
     EMBEDDING,

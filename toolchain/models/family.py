@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from toolchain.models.orders import FreeOrder
 
 Config = dict[str, Any]
+CONTEXT_LIMIT = 4096  # the longest context that engines are built for
+FIRST_BUCKET = 256
+PREFILL_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,14 @@ class Family(ABC):
         """The graphs of a loaded model: vision, embed, decoder."""
 
     @abstractmethod
-    def profiles(self, config: Config, folder: Path) -> dict[str, dict[str, list[list[int]]]]:
-        """Graph → input → [smallest, usual, largest] shape, for engine builders."""
+    def profiles(
+        self, config: Config, folder: Path, settings: dict[str, Any] | None = None
+    ) -> dict[str, dict[str, list[list[int]]]]:
+        """Graph → input → [smallest, usual, largest] shape, for engine builders; batch 1.
+
+        "decoder" is prefill and covers decode; "decoder.decode" is a second profile of the same engine, for one token a
+        call. `settings` is the host.json that the engines will meet, `host_settings` (unlimited) where None.
+        """
 
     def load_host(self, config: Config, folder: Path) -> Host:
         """The host half for a checkpoint folder."""
@@ -172,6 +181,33 @@ def image_settings(folder: Path) -> dict[str, Any]:
             data = read_json(folder / name)
             return data.get("image_processor", data)
     raise InputDataError(f"{folder}: expected preprocessor_config.json or processor_config.json; copy it from the hub")
+
+
+def decoder_lengths(context: int) -> dict[str, Any]:
+    """host.json's lengths of decoder calls for a context.
+
+    `past_buckets`: lengths of past that a device runs with, what is not filled hidden by the mask; doubling from 256,
+    so that at most half of what a step reads is hidden. `prefill_chunk`: the most tokens of one call, so that no
+    attention score tensor is larger than chunk x (context + chunk).
+    """
+    limit = min(context, CONTEXT_LIMIT)
+    buckets, length = [], FIRST_BUCKET
+    while length < limit:
+        buckets.append(length)
+        length *= 2
+    return {"max_context": context, "past_buckets": [*buckets, limit], "prefill_chunk": min(limit, PREFILL_CHUNK)}
+
+
+def limited_settings(settings: dict[str, Any], max_pixels: int, context: int) -> dict[str, Any]:
+    """host.json's content for a target: pictures made smaller above `max_pixels`, no more than `context` tokens.
+
+    Families of fixed tiles keep their pictures: a tile's size is the checkpoint's.
+    """
+    image, decoder = dict(settings["image"]), dict(settings["decoder"])
+    if "max_pixels" in image:
+        image["max_pixels"] = max(image["min_pixels"], min(image["max_pixels"], max_pixels))
+    decoder |= decoder_lengths(min(decoder["max_context"], context))
+    return settings | {"image": image, "decoder": decoder}
 
 
 def chat_template(folder: Path) -> str:

@@ -99,15 +99,17 @@ class InternVL(base.Family):
         )
         return [_vision_spec(model), wrappers.embed_graph_spec(model, model.config.image_token_id), decoder]
 
-    def profiles(self, config: base.Config, folder: Path) -> dict[str, dict[str, list[list[int]]]]:
-        settings = self.host_settings(config, folder)
+    def profiles(
+        self, config: base.Config, folder: Path, settings: dict[str, Any] | None = None
+    ) -> dict[str, dict[str, list[list[int]]]]:
+        settings = settings or self.host_settings(config, folder)
         image, vision = settings["image"], config["vision_config"]
         largest = image["max_tiles"] + (image["max_tiles"] > 1)
         shape = [vision.get("num_channels", 3), image["tile"], image["tile"]]
         features = largest * image["tokens_per_tile"]
         return {
             "vision": {"pixel_values": [[n, *shape] for n in (1, min(2, largest), largest)]},
-            **decoder_profiles(base.text_config(config), settings["decoder"]["max_context"], features, axes=1),
+            **decoder_profiles(base.text_config(config), settings["decoder"], features, axes=1),
         }
 
 
@@ -193,6 +195,8 @@ def vision_module(model):
     """
     import torch
 
+    from toolchain.models.wrappers import written_out_attention
+
     if model.config.vision_feature_layer != -1 or model.config.vision_feature_select_strategy != "default":
         raise UnsupportedError(
             "config.json: expected vision_feature_layer -1 and vision_feature_select_strategy 'default', found "
@@ -208,9 +212,10 @@ def vision_module(model):
             tower = self.inner.vision_tower
             hidden = tower.embeddings(pixel_values)
             taps = []
-            for layer in tower.encoder.layer:
-                hidden = layer(hidden)
-                taps.append(hidden)
+            with written_out_attention(tower.config):
+                for layer in tower.encoder.layer:
+                    hidden = layer(hidden)
+                    taps.append(hidden)
             patches = tower.layernorm(hidden)[:, 1:]
             side = int(patches.shape[1] ** 0.5)
             grid = patches.reshape(patches.shape[0], side, side, -1)

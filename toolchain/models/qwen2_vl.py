@@ -97,8 +97,10 @@ class Qwen2VL(base.Family):
         )
         return [_vision_spec(model), wrappers.embed_graph_spec(model, model.config.image_token_id), decoder]
 
-    def profiles(self, config: base.Config, folder: Path) -> dict[str, dict[str, list[list[int]]]]:
-        settings, vision = self.host_settings(config, folder), _vision(config)
+    def profiles(
+        self, config: base.Config, folder: Path, settings: dict[str, Any] | None = None
+    ) -> dict[str, dict[str, list[list[int]]]]:
+        settings, vision = settings or self.host_settings(config, folder), _vision(config)
         image = settings["image"]
         unit = image["patch"] ** 2
         merge = image["merge"] ** 2
@@ -111,9 +113,7 @@ class Qwen2VL(base.Family):
                 "pixel_values": [[n, channels] for n in counts],
                 "position_ids": [[n, 2] for n in counts],
             },
-            **decoder_profiles(
-                base.text_config(config), settings["decoder"]["max_context"], counts[2] // merge, axes=3
-            ),
+            **decoder_profiles(base.text_config(config), settings["decoder"], counts[2] // merge, axes=3),
         }
 
 
@@ -121,7 +121,7 @@ def decoder_settings(text: base.Config) -> dict[str, Any]:
     """host.json's section about the decoder."""
     return {
         "hidden": text["hidden_size"],
-        "max_context": text["max_position_embeddings"],
+        **base.decoder_lengths(text["max_position_embeddings"]),
         "cache": {
             "layers": text["num_hidden_layers"],
             "kv_heads": text["num_key_value_heads"],
@@ -131,26 +131,39 @@ def decoder_settings(text: base.Config) -> dict[str, Any]:
 
 
 def decoder_profiles(
-    text: base.Config, context: int, features: int, axes: int
+    text: base.Config, decoder: dict[str, Any], features: int, axes: int
 ) -> dict[str, dict[str, list[list[int]]]]:
-    """Shapes of `embed` and `decoder` for batch 1: one token to a full context, with up to a full context before."""
-    context = min(context, 4096)
-    usual = min(context, 256)
-    past = [[n, 1, text["num_key_value_heads"], base.head_dim(text)] for n in (0, usual, context - 1)]
-    lengths = (1, usual, context)
-    cache = {f"past.{i}.{name}": past for i in range(text["num_hidden_layers"]) for name in ("key", "value")}
-    hidden = text["hidden_size"]
+    """Shapes of `embed` and of `decoder` for batch 1, the decoder twice: one engine with two profiles.
+
+    "decoder" is prefill: chunks of a prompt with any bucket before them, never an empty one; it covers decode too.
+    "decoder.decode" is one token a call, with nothing free but the bucket: what a CUDA graph a bucket captures.
+
+    Args:
+        decoder: host.json's section, whose buckets and chunk these are the shapes of.
+    """
+    buckets, chunk, hidden = decoder["past_buckets"], decoder["prefill_chunk"], text["hidden_size"]
+    first, last = buckets[0], buckets[-1]
+    usual = min(last, 256)
+    prefill = (1, first), (min(usual, chunk), first), (chunk, last)
+    decode = (1, first), (1, buckets[len(buckets) // 2]), (1, last)
     return {
         "embed": {
-            "input_ids": [[1, n] for n in lengths],
+            "input_ids": [[1, n] for n in (1, usual, last)],
             "image_features": [[0, hidden], [min(features, usual), hidden], [features, hidden]],
         },
-        "decoder": {
-            "inputs_embeds": [[1, n, hidden] for n in lengths],
-            "attention_mask": [[1, n] for n in (1, 2 * usual, 2 * context - 1)],
-            "position_ids": [[3, 1, n] if axes == 3 else [1, n] for n in lengths],
-            **cache,
-        },
+        "decoder": _decoder_shapes(text, prefill, axes),
+        "decoder.decode": _decoder_shapes(text, decode, axes),
+    }
+
+
+def _decoder_shapes(text: base.Config, sizes: tuple[tuple[int, int], ...], axes: int) -> dict[str, list[list[int]]]:
+    """Every input's shapes for three (new, past) lengths."""
+    past = [[p, 1, text["num_key_value_heads"], base.head_dim(text)] for _, p in sizes]
+    return {
+        "inputs_embeds": [[1, n, text["hidden_size"]] for n, _ in sizes],
+        "attention_mask": [[1, n + p] for n, p in sizes],
+        "position_ids": [[3, 1, n] if axes == 3 else [1, n] for n, _ in sizes],
+        **{f"past.{i}.{name}": past for i in range(text["num_hidden_layers"]) for name in ("key", "value")},
     }
 
 
@@ -219,8 +232,9 @@ def vision_module(model):
     transformers' own forward splits attention by Python lengths and does not trace; one picture needs no split.
     """
     import torch
-    from torch.nn import functional as F
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    from toolchain.models.wrappers import attention as written_out
 
     class Qwen2VLVisionGraph(torch.nn.Module):
         def __init__(self) -> None:
@@ -236,9 +250,9 @@ def vision_module(model):
                 qkv = attention.qkv(block.norm1(hidden)).reshape(-1, 3, attention.num_heads, attention.head_dim)
                 query, key, value = qkv.unbind(1)
                 query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
-                heads = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-                mixed = F.scaled_dot_product_attention(*heads)
-                hidden = hidden + attention.proj(mixed.squeeze(0).transpose(0, 1).reshape(-1, attention.dim))
+                query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+                mixed = written_out(query, [key], [value], None, attention.head_dim**-0.5)
+                hidden = hidden + attention.proj(mixed.reshape(-1, attention.dim))
                 hidden = hidden + block.mlp(block.norm2(hidden))
                 taps.append(hidden)
             return self.visual.merger(hidden), taps

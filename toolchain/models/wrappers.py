@@ -1,14 +1,19 @@
 """Modules that turn a transformers VLM into traceable graphs: the parts every family has in the same shape.
 
-Attention masks and key/value handling are written out here, because the library's own build them from Python state that
-does not trace.
+Attention, its masks and key/value handling are written out here, because the library's own build them from Python state
+that does not trace, and join past and new keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import DynamicCache
+
+_ATTENTION = "mgvq"
 
 
 class EmbedGraph(nn.Module):
@@ -36,7 +41,8 @@ class DecoderGraph(nn.Module):
     """Embeddings, mask, positions and past keys/values → last-position logits, new keys/values, every layer's output.
 
     Keys and values are [sequence, batch, kv_heads, head_dim]; past has length P, new length S. `attention_mask`
-    int64[B, P + S] is 0 for padding.
+    int64[B, P + S] is 0 for padding and for places of past that are not filled: P may be a bucket's length, larger than
+    what is there. Past and new keys meet in the scores only, so that the cache is read in place and never copied.
     """
 
     def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
@@ -45,24 +51,84 @@ class DecoderGraph(nn.Module):
         self.head = head
 
     def forward(self, inputs_embeds, attention_mask, position_ids, past):
-        length, total = inputs_embeds.shape[1], attention_mask.shape[1]
-        cache = DynamicCache([(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)) for k, v in past])
-        mask = causal_mask(attention_mask, length, inputs_embeds.dtype)
+        cache = _PastAndNew([(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)) for k, v in past])
+        mask = causal_mask(attention_mask, inputs_embeds.shape[1], inputs_embeds.dtype)
         hidden = inputs_embeds
         rotary = self.decoder.rotary_emb(hidden, position_ids)
         taps = []
-        for layer in self.decoder.layers:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
-            )
-            taps.append(hidden)
+        with written_out_attention(self.decoder.config):
+            for layer in self.decoder.layers:
+                hidden = layer(
+                    hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+                )
+                taps.append(hidden)
         last = self.decoder.norm(hidden[:, -1])
-        start = total - length
-        present = [
-            (item.keys[:, :, start:].permute(2, 0, 1, 3), item.values[:, :, start:].permute(2, 0, 1, 3))
-            for item in cache.layers
-        ]
+        present = [tuple(x.permute(2, 0, 1, 3) for x in cache.new[i]) for i in range(len(past))]
         return self.head(last), present, taps
+
+
+class _PastAndNew:
+    """What a layer takes for a cache: keeps the new keys and values, and hands on (past, new) pairs unjoined."""
+
+    def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.past = past
+        self.new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any):
+        self.new[layer] = keys, values
+        past_keys, past_values = self.past[layer]
+        return (past_keys, keys), (past_values, values)
+
+
+def attention(query, keys, values, mask, scaling: float) -> torch.Tensor:
+    """softmax(q Kᵀ · scaling + mask) V, [B, S, heads, D], over pieces of keys and values that are never joined.
+
+    Args:
+        query: [B, heads, S, D]; the scale is applied to it, which keeps float16 scores in range.
+        keys, values: pieces [B, kv_heads, T_i, D]; each serves heads / kv_heads neighbouring query heads, unrepeated.
+        mask: additive [B, 1, S, ΣT_i], or None.
+    """
+    batch, heads, length, size = query.shape
+    kv_heads = keys[0].shape[1]
+    grouped = (batch, kv_heads, heads // kv_heads * length, size)
+    scaled = (query * scaling).reshape(grouped) if kv_heads < heads else query * scaling
+    pieces = [scaled @ piece.transpose(-1, -2) for piece in keys]
+    scores = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+    if mask is not None:
+        by_head = scores.reshape(batch, kv_heads, heads // kv_heads, length, scores.shape[-1])
+        scores = (by_head + mask[:, :, None]).reshape(scores.shape)
+    weights = torch.softmax(scores, dim=-1)
+    shares, start = [], 0
+    for piece in values:
+        shares.append(weights[..., start : start + piece.shape[2]] if len(values) > 1 else weights)
+        start = start + piece.shape[2]
+    mixed = shares[0] @ values[0]
+    for share, piece in zip(shares[1:], values[1:], strict=True):
+        mixed = mixed + share @ piece
+    return mixed.reshape(batch, heads, length, size).transpose(1, 2)
+
+
+def _attention_interface(module, query, key, value, attention_mask, scaling, **_):
+    """`attention` as transformers calls it: key and value are tensors, or the pieces `_PastAndNew` hands on."""
+    pieces = [x if isinstance(x, tuple) else (x,) for x in (key, value)]
+    return attention(query, *pieces, attention_mask, scaling), None
+
+
+@contextmanager
+def written_out_attention(config: Any) -> Iterator[None]:
+    """Layers that share `config` compute `attention` inside; what they computed before, outside.
+
+    The library's own implementations repeat keys for grouped heads, and guard against NaN where no row is empty.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attention_interface)
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def causal_mask(attention_mask: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:

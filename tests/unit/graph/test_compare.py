@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from toolchain.errors import InputDataError, NumericGateError, UsageError
-from toolchain.graph.compare import FLOAT32_BUDGET, Source, compare, compare_calls
+from toolchain.graph.compare import FLOAT32_BUDGET, Source, compare, compare_calls, half_budgets
 from toolchain.graph.reference import Call, load_reference, store_reference
 
 
@@ -94,6 +94,28 @@ def test_without_a_budget_nothing_gates(call):
     report.require()
     assert {tap.verdict for tap in report.taps} == {"reported"}
     assert report.worst.tap == "logits"
+
+
+def test_budgets_by_tap_gate_each_tap_by_its_own(call):
+    wrong = changed(call, **{name: call.outputs[name] * 1.01 for name in ("decoder.layers.1", "logits")})
+    budgets = {("decoder", "decoder.layers.1"): 0.02, ("decoder", "logits"): 0.005, ("vision", "present.0.key"): 0.0}
+    report = compare_calls("a", [call], "b", [wrong], budgets)
+    assert {tap.tap: tap.verdict for tap in report.taps} == {
+        "decoder.layers.0": "reported",
+        "decoder.layers.1": "pass",
+        "logits": "fail",
+        "present.0.key": "reported",
+    }
+    assert (report.worst.tap, report.worst.share) == ("logits", pytest.approx(2, rel=1e-3))
+
+
+def test_half_budgets_are_twice_what_float16_costs_and_leave_padding_out(call):
+    whole = dataclasses.replace(call, feeds=call.feeds | {"attention_mask": np.ones((2, 5), np.int64)})
+    half = changed(whole, logits=whole.outputs["logits"] * 1.003)
+    masked = changed(call, **{name: x * np.nan for name, x in call.outputs.items()})  # what a masked row becomes
+    found = half_budgets([whole, call], [half, masked])
+    assert found["decoder", "logits"] == pytest.approx(0.006, rel=1e-3)
+    assert found["decoder", "present.0.key"] == FLOAT32_BUDGET
 
 
 def test_other_shapes_and_empty_comparisons_are_refused(call):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from toolchain.device.ort import open_session, session_graph
-from toolchain.errors import InputDataError, MgvqError
+from toolchain.errors import InputDataError, MgvqError, UsageError
 from toolchain.graph import pipeline, vq_op
 from toolchain.graph.passes.externalize_weights import Sidecar, externalize_weights
 from toolchain.graph.passes.fuse_shared_input import fuse_shared_input
@@ -136,11 +136,28 @@ def test_plugin_attributes_replace_what_is_there(tiny_reference):
 
 
 def test_device_graphs_compute_what_the_reference_graphs_do(device, tiny_reference, tiny_feeds):
-    graphs = device_graphs(device[0])
+    graphs = device_graphs(device[0], "float32")
     for name in GRAPHS:
         found = graphs[name](tiny_feeds[name])
         assert "decoder.layers.0" not in found
         assert_close(found, run_reference(tiny_reference, name, tiny_feeds[name]))
+
+
+def test_the_devices_arithmetic_rounds_what_the_plugin_multiplies_with(device, tiny_reference, tiny_feeds):
+    """x in float16 has an error of 2^-12 on average; an embedding multiplies with nothing."""
+    graphs = device_graphs(device[0])
+    for name, low, high in (("vision", 1e-5, 1e-3), ("decoder", 1e-5, 2e-3), ("embed", 0, 2e-6)):
+        expected = run_reference(tiny_reference, name, tiny_feeds[name])
+        for output, found in graphs[name](tiny_feeds[name]).items():
+            error = np.linalg.norm(found - expected[output]) / np.linalg.norm(expected[output])
+            assert low <= error <= high, (name, output)
+
+
+def test_an_unknown_arithmetic_or_precision_is_refused(device):
+    with pytest.raises(UsageError, match="arithmetic 'bf16': expected one of device, float32"):
+        device_graphs(device[0], "bf16")
+    with pytest.raises(UsageError, match="precision 'half': expected one of mixed, float32"):
+        pipeline.RewriteOptions(precision="half")
 
 
 def test_device_graphs_hold_no_bodies_and_no_uint8(device):
@@ -189,12 +206,15 @@ def test_report_says_what_was_done(device):
     decoder = next(graph for graph in data["graphs"] if graph["name"] == "decoder")
     assert [entry["name"] for entry in decoder["passes"]] == [
         "strip_taps",
+        "merge_equal_nodes",
         "fuse_shared_input",
+        "half_matmuls",
         "remove_bodies",
         "externalize_weights",
+        "dense_inputs",
         "plugin_attributes",
     ]
-    assert decoder["passes"][1]["done"] == ["q+k+v"]
+    assert decoder["passes"][2]["done"] == ["q+k+v"]
     assert data["sidecar"]["bytes"] == sum(a.nbytes for a in load_file(folder / SIDECAR).values())
 
 

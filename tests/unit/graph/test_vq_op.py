@@ -16,7 +16,7 @@ from vq_samples import random_weights
 from toolchain.errors import ShapeError, UnsupportedError
 from toolchain.graph import torch_op, vq_op
 from toolchain.graph.bodies import function_bodies
-from toolchain.graph.plugin_op import PLUGIN_OPS, decode_device
+from toolchain.graph.plugin_op import EXACT_OPS, PLUGIN_OPS, decode_device
 from toolchain.values import VQCode
 from toolchain.vq import format as vq_format
 
@@ -130,10 +130,11 @@ def test_plugin_op_on_device_bytes_computes_what_the_decoder_defines(op, has_bia
     arrays = {"codes": device, "table": table, "scales": scales} | ({} if bias is None else {"bias": bias})
     attributes = vq_op.code_attributes(code, rows, columns) | {"plugin_version": "1", "plugin_namespace": ""}
     node = helper.make_node(op, ["x", *arrays], ["y"], "layer", domain=vq_op.DOMAIN, **attributes)
-    evaluator = ReferenceEvaluator(one_node_model(node, op, shape, arrays), new_ops=PLUGIN_OPS)
-    x = activation(op, shape, rng)
-    found = evaluator.run(None, {"x": x})[0]
-    check(op, found, expected_output(op, x, weight, bias))
+    x, model = activation(op, shape, rng), one_node_model(node, op, shape, arrays)
+    for ops, rounded in ((PLUGIN_OPS, np.float16), (EXACT_OPS, np.float32)):
+        found = ReferenceEvaluator(model, new_ops=ops).run(None, {"x": x})[0]
+        seen = x if op == vq_op.EMBEDDING else x.astype(rounded).astype(np.float32)
+        check(op, found, expected_output(op, seen, weight, bias))
 
 
 @pytest.mark.parametrize("span", ["4,8,8", "2,4,8"])
