@@ -1,4 +1,4 @@
-"""Is this machine ready: versions, a known fatal pair of packages, GPU, compiler, memory, disk, the board's release.
+"""Is this machine ready: versions, a known fatal pair of packages, GPU, kernels, compiler, memory, disk, the release.
 
 Reads package metadata, not packages; torch is imported only to ask it for a CUDA device.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import EnvironmentMismatch
+from toolchain.kernels import build
+from toolchain.kernels.library import ABI, BUILD_COMMAND, KernelLibrary, find_library, runs_on
 from toolchain.target import Target, list_targets, load_target
 
 # Package → (lowest version, first version too new or None). A test holds them equal to pyproject.toml.
@@ -67,7 +69,7 @@ def diagnose(target: Target | None = None, root: Path = Path("/")) -> DoctorRepo
     checks = [_python_check()]
     checks += [_required_check(name) for name in REQUIRED if name != "onnxruntime"]
     checks += [_onnxruntime_check(), _tensorrt_check(target, board), _tensorrt_rtx_check(), _gpu_check(root)]
-    checks += [_nvcc_check(), _ram_check(root), _disk_check(), _board_check(target, board)]
+    checks += [_kernels_check(), _compiler_check(), _ram_check(root), _disk_check(), _board_check(target, board)]
     return DoctorReport(tuple(checks))
 
 
@@ -173,8 +175,48 @@ def _gpu_check(root: Path) -> Check:
     return Check("gpu", ", ".join(names) or "none", expected, "ok")
 
 
-def _nvcc_check() -> Check:
-    return Check("nvcc", shutil.which("nvcc") or "not found", "optional: compiles the CUDA plugin", "ok")
+def _kernels_check() -> Check:
+    """The CUDA kernels' library: a warning where a GPU waits for it, a failure where the one there is of no use."""
+    expected = f"ABI {ABI} with machine code for the GPU; optional without one"
+    capabilities = _gpu_capabilities()
+    try:
+        path = find_library()
+        library = None if path is None else KernelLibrary(path)
+    except EnvironmentMismatch as error:
+        return Check("kernels", str(error), expected, "fail", BUILD_COMMAND)
+    if library is None:
+        return Check("kernels", "not built", expected, "warn" if capabilities else "ok", BUILD_COMMAND)
+    found = f"{library.path}: ABI {ABI}, architectures {' '.join(library.architectures)}"
+    lacking = [f"sm_{a}{b}" for a, b in capabilities if not runs_on(library.architectures, (a, b))]
+    if lacking:
+        return Check("kernels", f"{found}; none for {' '.join(lacking)}", expected, "fail", BUILD_COMMAND)
+    return Check("kernels", found, expected, "ok")
+
+
+def _compiler_check() -> Check:
+    """What `mgvq kernels build` needs. Nothing else does, so that what is missing is no more than said."""
+    expected = f"nvcc of CUDA 12.6 or newer, its headers, cmake; only for {BUILD_COMMAND}"
+    nvcc = build.find_nvcc()
+    version, cmake = build.nvcc_version(nvcc) if nvcc else None, build.cmake_version()
+    found = f"nvcc {_dotted(version)}{f' at {nvcc}' if nvcc else ''}, cmake {_dotted(cmake)}"
+    missing = build.missing_tools()
+    return Check("kernels build", found, expected, "ok", f"install {'; '.join(missing)}" if missing else "")
+
+
+def _dotted(version: tuple[int, ...] | None) -> str:
+    return ".".join(map(str, version)) if version else "not found"
+
+
+def _gpu_capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the CUDA devices torch finds; none where it finds none or does not load."""
+    if installed("torch") is None:
+        return []
+    try:
+        import torch
+
+        return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except (ImportError, OSError, RuntimeError):
+        return []  # the gpu check says what is wrong
 
 
 def _ram_check(root: Path) -> Check:

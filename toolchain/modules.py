@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toolchain.errors import ShapeError
+from toolchain.kernels import forward, order
 from toolchain.values import CHUNK_ROWS, ROW_GROUP, ROW_STRIDE, VQCode
 from toolchain.vq.weights import VQWeights
 
@@ -70,6 +71,10 @@ class VQModule(nn.Module):
     Buffers: codes uint8[bytes] in checkpoint order, scales float16[rows], table (not in the state dict: shared tables
     are stored once, see `VQTables`). `compute_dtype` is the dtype of the dense weight this stands for; `.to(dtype)`
     moves it.
+
+    Once the kernels have run, the buffer's bytes are in device order (`kernels.order`), without a second copy: `codes`
+    then gives a permuted copy, and the state dict holds checkpoint order as ever. Only `buffers()` shows the bytes as
+    they lie.
     """
 
     codes: Tensor
@@ -110,9 +115,38 @@ class VQModule(nn.Module):
 
     def _share_buffers(self) -> None:
         for source in self._tied_to:
-            self.codes, self.scales, self.table = source.codes, source.scales, source.table
+            self.codes, self.scales, self.table = source._stored_codes, source.scales, source.table
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = super().__getattr__(name)
+        return order.in_checkpoint_order(found, self.code, self.rows, self.columns) if name == "codes" else found
+
+    @property
+    def _stored_codes(self) -> Tensor:
+        """The buffer itself, in whichever order it is."""
+        stored = self._buffers["codes"]
+        assert stored is not None
+        return stored
+
+    def device_codes(self) -> Tensor:
+        """The codes as the kernels read them, uint8[bytes] in device order; this tensor is the buffer from now on."""
+        if self._tied_to:
+            self._tied_to[0].device_codes()
+            self._share_buffers()
+        self.codes = order.in_device_order(self._stored_codes, self.code, self.rows, self.columns)
+        return self._stored_codes
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if f"{prefix}codes" in destination:
+            destination[f"{prefix}codes"] = self.codes
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        self.codes = self.codes  # in checkpoint order again
+        super()._load_from_state_dict(*arguments)
 
     def _apply(self, fn, recurse=True):
+        self.codes = self.codes  # in checkpoint order again
         before = {name: self._buffers[name] for name in FORMAT_BUFFERS}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -152,7 +186,9 @@ class VQLinear(VQModule):
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(x.dtype), self.bias)
+        if self._decoded is not None:
+            return F.linear(x, self.dense(x.dtype), self.bias)
+        return forward.linear(self, x)
 
 
 def patch_rows(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -191,6 +227,9 @@ class VQEmbedding(VQModule):
     def forward(self, ids: Tensor) -> Tensor:
         if self._decoded is not None:
             return F.embedding(ids, self._decoded)
+        rows = forward.embedding(self, ids)
+        if rows is not None:
+            return rows
         stored = (self.codes, self.table, self.scales)
         return decode_rows(ids, *stored, self.code, self.rows, self.columns, self.compute_dtype)
 
@@ -214,7 +253,7 @@ class VQTables(nn.Module):
 
 
 def vq_modules(model: nn.Module) -> dict[str, VQModule]:
-    """Name → module, for every quantized module of a model."""
+    """Name → module, for every quantized module of a model; the segments of a layer each for itself."""
     return {name: module for name, module in model.named_modules() if isinstance(module, VQModule)}
 
 

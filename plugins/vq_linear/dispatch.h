@@ -63,4 +63,10 @@ bool tactic_from_id(int id, Tactic* out);
 // Device memory the launch needs beyond its arguments, in bytes; its contents may be anything before and after.
 std::size_t workspace_bytes(const Problem& problem, const Device& device, const Tactic& tactic);
 
+// What the launchers ask beside: how many blocks share a segment's columns; how many blocks of the skinny kernel the device
+// runs at once; the bytes at the workspace's front that hold the tokens' int8 scales.
+int parts_of(const Problem& problem, int segment, const Tactic& tactic);
+int blocks_at_once(const Device& device);
+std::size_t scale_bytes(const Problem& problem, const Tactic& tactic);
+
 }  // namespace mgvq

@@ -124,3 +124,52 @@ def test_a_broken_torch_is_reported_not_raised(machine, monkeypatch):
     check = by_name(doctor.diagnose(root=root))["gpu"]
     assert check.status == "fail"
     assert re.search("libcudart", check.found)
+
+
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """A function that makes this machine have a library for `architectures` (None: no library) and those GPUs."""
+    from types import SimpleNamespace
+
+    def make(architectures: str | None, *capabilities: tuple[int, int]) -> doctor.Check:
+        path = None if architectures is None else tmp_path / "libmgvq_kernels.so"
+        monkeypatch.setattr(doctor, "find_library", lambda: path)
+        monkeypatch.setattr(
+            doctor, "KernelLibrary", lambda path: SimpleNamespace(path=path, architectures=architectures.split())
+        )
+        monkeypatch.setattr(doctor, "_gpu_capabilities", lambda: list(capabilities))
+        return by_name(doctor.diagnose(root=tmp_path))["kernels"]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capabilities", "status", "words"),
+    [
+        (None, [], "ok", "not built"),
+        (None, [(9, 0)], "warn", "not built"),
+        ("80 90", [(9, 0)], "ok", "ABI 1, architectures 80 90"),
+        ("80 90", [], "ok", "architectures 80 90"),
+        ("80 90", [(9, 0), (12, 0)], "fail", "none for sm_120"),
+    ],
+)
+def test_the_kernels_are_a_warning_only_where_a_gpu_waits(kernels, architectures, capabilities, status, words):
+    check = kernels(architectures, *capabilities)
+    assert (check.status, words in check.found) == (status, True), check
+    assert check.fix == ("" if architectures and status == "ok" else "mgvq kernels build")
+
+
+def test_a_library_that_does_not_load_fails(monkeypatch, tmp_path):
+    broken = tmp_path / "libmgvq_kernels.so"
+    broken.write_bytes(b"nothing")
+    monkeypatch.setenv("MGVQ_KERNELS", str(broken))
+    check = by_name(doctor.diagnose(root=tmp_path))["kernels"]
+    assert (check.status, check.fix) == ("fail", "mgvq kernels build")
+    assert "does not load" in check.found
+
+
+def test_what_a_build_lacks_is_said_with_what_brings_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.build, "find_nvcc", lambda: None)
+    check = by_name(doctor.diagnose(root=tmp_path))["kernels build"]
+    assert (check.status, "nvcc not found" in check.found) == ("ok", True)
+    assert check.fix.startswith("install nvcc of CUDA 12.6 or newer")

@@ -1,4 +1,4 @@
-"""Sizes of published decoders to time, and the groups of layers in one of their identical blocks.
+"""Sizes of published models to time: the groups of layers in one of a decoder's identical blocks, and every matrix.
 
 The groups are the families' own (`models.family.decoder_layers`): layers that read one input are coded together.
 """
@@ -36,6 +36,13 @@ PUBLISHED: dict[str, dict[str, int]] = {
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
     },
+    "llava-onevision-7b": {  # over Qwen2-7B, as Qwen2-VL-7B is
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
     "internvl2-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -43,6 +50,34 @@ PUBLISHED: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+}
+# Rows of the embedding and of the LM head, by config.json; LLaVA-OneVision's by that of the Qwen2-7B it is over.
+VOCABULARIES = {
+    "demo": 512,
+    "qwen2-vl-2b": 151936,
+    "qwen2-vl-7b": 152064,
+    "llava-onevision-7b": 152064,
+    "internvl2-8b": 92553,
+}
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """A vision tower's blocks and what leads from it to the decoder: `merged` is the width of the projector's input."""
+
+    width: int
+    inner: int
+    patch: int  # numbers of a patch: colours times its pixels (times frames)
+    merged: int
+
+
+# Qwen2-VL: 32 blocks of 1280, patches of 2 frames of 14x14, four patches merged. SigLIP so400m: 27 of 1152, patches of
+# 14x14, not merged. InternViT-300M: 24 of 1024, patches of 14x14, four merged.
+TOWERS = {
+    "qwen2-vl-2b": TowerShape(1280, 5120, 1176, 5120),
+    "qwen2-vl-7b": TowerShape(1280, 5120, 1176, 5120),
+    "llava-onevision-7b": TowerShape(1152, 4304, 588, 1152),
+    "internvl2-8b": TowerShape(1024, 4096, 588, 4096),
 }
 
 
@@ -109,6 +144,31 @@ def chosen_groups(shape: DecoderShape, names: tuple[str, ...] | None) -> tuple[G
     if unknown or not wanted:
         raise UsageError(f"groups {','.join(wanted)!r}: expected some of {','.join(known)}; found {unknown or 'none'}")
     return tuple(group for group in shape.groups if group.name in wanted)
+
+
+def matrix_shapes(name: str) -> dict[str, tuple[int, int]]:
+    """Every kind of matrix of a published model as it runs, name → (rows, columns): the decoder's fused groups, the
+    head (and with it the embedding), the tower's linears and the projector's.
+
+    Raises:
+        UnsupportedError: the model is not known.
+    """
+    decoder = decoder_shape(name)
+    hidden = decoder.groups[0].columns
+    shapes = {group.name: (sum(group.rows), group.columns) for group in decoder.groups}
+    shapes["head"] = (VOCABULARIES[name], hidden)
+    if name in TOWERS:
+        tower = TOWERS[name]
+        shapes["vision.patch"] = (tower.width, tower.patch)
+        shapes["vision.qkv"] = (3 * tower.width, tower.width)
+        shapes["vision.proj"] = (tower.width, tower.width)
+        shapes["vision.fc1"] = (tower.inner, tower.width)
+        shapes["vision.fc2"] = (tower.width, tower.inner)
+        # Qwen2-VL's merger keeps its width in between; the other two go to the decoder's at once.
+        between = tower.merged if name.startswith("qwen2-vl") else hidden
+        shapes["projector.1"] = (between, tower.merged)
+        shapes["projector.2"] = (hidden, between)
+    return shapes
 
 
 def _whole(count: int, share: float, unit: int) -> int:

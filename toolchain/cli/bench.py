@@ -1,4 +1,4 @@
-"""Verbs that measure us on this machine: bench quantize."""
+"""Verbs that measure us on this machine: bench quantize, bench kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import Format, FormatOption, Progress, SeedOption, emit, size, table
+from toolchain.errors import UsageError
 
 bench = typer.Typer(help="Measure mgvq itself on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 COLUMNS = ["group", "rows x columns", "method", "code", "part", "seconds", "CPU seconds", "all blocks"]
+MODELS = "qwen2-vl-2b, qwen2-vl-7b, llava-onevision-7b, internvl2-8b or demo"
 BUSY = 0.9  # share of its threads' wall time below which a run was not alone, or does not fill them
+GROUPS_HELP = "Matrices: qkv,o,gate_up,down,head and, of a whole model, vision.qkv, vision.fc1, projector.1 and so on."
 PARTS_HELP = "Parts with commas between: statistics,drift,factor,sweep,descent (factor is done inside sweep too)."
 
 
@@ -26,7 +29,7 @@ class Device(str, Enum):
 
 @bench.command()
 def quantize(
-    shapes: Annotated[str, typer.Option(help="Decoder: qwen2-vl-2b, qwen2-vl-7b, internvl2-8b or demo.")],
+    shapes: Annotated[str, typer.Option(help=f"Decoder: {MODELS}.")],
     layers: Annotated[int, typer.Option(min=1, help="Blocks to measure; the others are identical.")] = 1,
     code: Annotated[list[str] | None, typer.Option("--code", help='"V,k,L", repeatable; 2,4,8 when absent.')] = None,
     groups: Annotated[str | None, typer.Option(help="Groups of a block: qkv,o,gate_up,down; all when absent.")] = None,
@@ -71,6 +74,83 @@ def quantize(
         with staged_folder(output) as folder:
             write_json(folder / "bench-quantize.json", result)
     emit(result, result_text(result), form)
+
+
+@bench.command()
+def kernels(
+    shapes: Annotated[str, typer.Option(help=f"Models with commas between: {MODELS}.")] = "qwen2-vl-2b,qwen2-vl-7b",
+    code: Annotated[list[str] | None, typer.Option("--code", help='"V,k,L", repeatable; 2,4,8 when absent.')] = None,
+    groups: Annotated[str, typer.Option(help=GROUPS_HELP)] = "qkv,o,gate_up,down,head",
+    tokens: Annotated[str, typer.Option(help="Rows of activations.")] = "1,2,4,8,16,128,512,2048",
+    decoders: Annotated[str, typer.Option(help="Models to decode with end to end; empty for none.")] = (
+        "qwen2-vl-2b,qwen2-vl-7b"
+    ),
+    context: Annotated[int, typer.Option(min=1, help="Positions in the cache of those.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the first two are dropped.")] = 9,
+    seed: SeedOption = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench-kernels.json; must be new.")
+    ] = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Time the CUDA kernels against float16 of the dense library, caches cold. Needs a CUDA device and the library."""
+    from toolchain.bench.kernels import KernelRequest, bench_kernels
+    from toolchain.folders import check_output, staged_folder
+    from toolchain.values import write_json
+
+    if output is not None:
+        check_output(output)
+    request = KernelRequest(
+        listed(shapes),
+        tuple(code or ["2,4,8"]),
+        listed(groups),
+        counts(tokens),
+        listed(decoders),
+        context,
+        rounds,
+        seed,
+    )
+    progress = Progress()
+    progress.stage("timing kernels")
+    result = bench_kernels(request, progress.step)
+    progress.done(f"{len(result['rows'])} products timed")
+    if output is not None:
+        with staged_folder(output) as folder:
+            write_json(folder / "bench-kernels.json", result)
+    emit(result, kernels_text(result), form)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """The numbers in "1,2,4".
+
+    Raises:
+        UsageError: one is no whole number.
+    """
+    try:
+        return tuple(int(name) for name in listed(text))
+    except ValueError:
+        raise UsageError(f"{text!r}: expected whole numbers with commas between, such as 1,2,4") from None
+
+
+def kernels_text(result: dict[str, Any]) -> str:
+    """`bench.kernels.bench_kernels`'s result for people."""
+    from toolchain.bench.kernel_figures import COLUMNS as KERNEL_COLUMNS
+    from toolchain.bench.kernel_figures import DECODER_COLUMNS, decoder_cells, table_cells
+
+    machine, roof = result["machine"], result["roof"]
+    clock = "not known" if roof["clock_hz"] is None else f"{roof['clock_hz'] / 1e6:.0f} MHz under load"
+    lines = [
+        f"{machine['name']}, {roof['multiprocessors']} SMs, clock {clock}, power limit {machine['power_limit']}, CUDA "
+        f"{machine['cuda']}, torch {machine['torch']}; reads {roof['read_bytes_per_s'] / 1e9:.0f} GB/s",
+        table([table_cells(one) for one in result["rows"]], KERNEL_COLUMNS),
+    ]
+    if result["resident"]:
+        lines += ["", "one copy, resident in the L2 cache: how fast decoding itself is"]
+        lines.append(table([table_cells(one) for one in result["resident"]], KERNEL_COLUMNS))
+    if result["decoders"]:
+        lines += ["", "one token a step, CUDA graphs, random weights; rotary positions and sampling left out"]
+        lines.append(table([decoder_cells(one) for one in result["decoders"]], DECODER_COLUMNS))
+    return "\n".join(lines)
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -109,7 +109,11 @@ def test_without_peers_there_are_no_ratios(tiny):
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"shapes": "moondream"}, UnsupportedError, "use one of demo, qwen2-vl-2b, qwen2-vl-7b, internvl2-8b"),
+        (
+            {"shapes": "moondream"},
+            UnsupportedError,
+            "use one of demo, qwen2-vl-2b, qwen2-vl-7b, llava-onevision-7b, internvl2-8b",
+        ),
         ({"layers": 0}, UsageError, "layers 0: expected 1 to 8"),
         ({"layers": 9}, UsageError, "layers 9: expected 1 to 8"),
         ({"groups": ("kv",)}, UsageError, "expected some of qkv,o,gate_up,down"),

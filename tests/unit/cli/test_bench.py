@@ -55,7 +55,7 @@ def test_text_says_what_is_extrapolated_and_what_is_not(bench):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--shapes", "qwen2"], 3, "use one of demo, qwen2-vl-2b, qwen2-vl-7b, internvl2-8b"),
+        (["--shapes", "qwen2"], 3, "use one of demo, qwen2-vl-2b, qwen2-vl-7b, llava-onevision-7b, internvl2-8b"),
         (["--layers", "0"], 2, "Invalid value for '--layers'"),
         (["--layers", "9"], 2, "expected 1 to 8, the blocks of demo"),
         (["--groups", "kv"], 2, "expected some of qkv,o,gate_up,down"),

@@ -1,0 +1,132 @@
+// kernels.h on host memory through the reference: what a test of the Python side loads where there is neither a GPU nor an
+// emulator. "Device" pointers are host pointers; products are double, so that its error is one rounding.
+#include "vq_linear/kernels.h"
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "vq_linear/reference.h"
+
+static_assert(sizeof(MgvqSegment) == sizeof(MgvqReferenceSegment) && sizeof(MgvqMatrix) == sizeof(MgvqReferenceMatrix),
+              "both headers lay a matrix out alike");
+static_assert(offsetof(MgvqSegment, columns) == offsetof(MgvqReferenceSegment, columns) &&
+                  offsetof(MgvqSegment, window) == offsetof(MgvqReferenceSegment, window) &&
+                  offsetof(MgvqMatrix, segment_count) == offsetof(MgvqReferenceMatrix, segment_count),
+              "both headers lay a matrix out alike");
+
+namespace {
+
+thread_local char reason[256] = "";
+constexpr int64_t kWorkspace = 64;
+
+cudaError_t refuse(const char* why) {
+  std::snprintf(reason, sizeof(reason), "%s", why);
+  return cudaErrorInvalidValue;
+}
+
+bool is_aligned(const void* pointer, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
+
+cudaError_t check(const MgvqMatrix* weight) {
+  reason[0] = '\0';
+  for (int i = 0; i < weight->segment_count; ++i)
+    if (!is_aligned(weight->segments[i].codes, 16) || !is_aligned(weight->segments[i].table, 16))
+      return refuse("codes and table must be aligned to 16 bytes");
+  return cudaSuccess;
+}
+
+const MgvqReferenceMatrix* same(const MgvqMatrix* weight) {
+  return reinterpret_cast<const MgvqReferenceMatrix*>(weight);
+}
+
+int64_t columns_of(const MgvqMatrix* weight) {
+  int64_t sum = 0;
+  for (int i = 0; i < weight->segment_count; ++i) sum += weight->segments[i].columns;
+  return sum;
+}
+
+std::size_t size_of(MgvqType type) { return type == kMgvqFloat16 ? 2 : 4; }
+
+float load(const void* data, MgvqType type, int64_t at) {
+  if (type == kMgvqFloat32) return static_cast<const float*>(data)[at];
+  return mgvq_reference_float_from_half(static_cast<const uint16_t*>(data)[at]);
+}
+
+void store(void* data, MgvqType type, int64_t at, double value) {
+  if (type == kMgvqFloat32)
+    static_cast<float*>(data)[at] = static_cast<float>(value);
+  else
+    static_cast<uint16_t*>(data)[at] = mgvq_reference_half_from_float(static_cast<float>(value));
+}
+
+}  // namespace
+
+int32_t mgvq_abi() { return kMgvqAbi; }
+const char* mgvq_architectures() { return "80 87 90 110"; }
+const char* mgvq_reason() { return reason; }
+
+int64_t mgvq_linear_workspace(const MgvqMatrix* weight, int64_t, int32_t) { return check(weight) ? -1 : kWorkspace; }
+
+cudaError_t mgvq_linear(const MgvqMatrix* weight, const void* x, MgvqType x_type, int64_t x_stride, void* y,
+                        MgvqType y_type, int64_t y_stride, const void* bias, MgvqType bias_type, int64_t tokens,
+                        int32_t tactic, void* workspace, int64_t workspace_size, cudaStream_t) {
+  if (check(weight)) return cudaErrorInvalidValue;
+  if (tactic != 0) return refuse("no such tactic");
+  if (workspace == nullptr || workspace_size < kWorkspace) return refuse("workspace too small");
+  if (!is_aligned(x, size_of(x_type)) || !is_aligned(y, size_of(y_type))) return refuse("x and y must be aligned");
+  const int64_t columns = columns_of(weight);
+  std::vector<float> activations(tokens * columns), offsets(weight->rows, 0.0f);
+  for (int64_t i = 0; i < tokens * columns; ++i)
+    activations[i] = load(x, x_type, i / columns * x_stride + i % columns);
+  mgvq_reference_round_activations(activations.data(), tokens * columns, activations.data());
+  for (int64_t row = 0; bias && row < weight->rows; ++row) offsets[row] = load(bias, bias_type, row);
+  std::vector<double> product(tokens * weight->rows);
+  if (mgvq_reference_linear(same(weight), activations.data(), offsets.data(), tokens, product.data(), nullptr))
+    return refuse(mgvq_reference_reason());
+  for (int64_t i = 0; i < tokens * weight->rows; ++i)
+    store(y, y_type, i / weight->rows * y_stride + i % weight->rows, product[i]);
+  return cudaSuccess;
+}
+
+cudaError_t mgvq_dequantize(const MgvqMatrix* weight, void* out, int64_t out_stride, cudaStream_t) {
+  if (check(weight)) return cudaErrorInvalidValue;
+  const int64_t columns = columns_of(weight);
+  std::vector<float> decoded(weight->rows * columns);
+  if (mgvq_reference_decode(same(weight), decoded.data())) return refuse(mgvq_reference_reason());
+  for (int64_t i = 0; i < weight->rows * columns; ++i)
+    store(out, kMgvqFloat16, i / columns * out_stride + i % columns, decoded[i]);
+  return cudaSuccess;
+}
+
+cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType ids_type, int64_t count, void* out,
+                           MgvqType out_type, cudaStream_t) {
+  if (check(weight)) return cudaErrorInvalidValue;
+  std::vector<int64_t> wide(count);
+  for (int64_t i = 0; i < count; ++i)
+    wide[i] = ids_type == kMgvqInt64 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
+  const int64_t columns = columns_of(weight);
+  std::vector<float> rows(count * columns);
+  if (mgvq_reference_embedding(same(weight), wide.data(), count, rows.data())) return refuse(mgvq_reference_reason());
+  for (int64_t i = 0; i < count * columns; ++i) store(out, out_type, i, rows[i]);
+  return cudaSuccess;
+}
+
+cudaError_t mgvq_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
+                                int64_t feature_count, int64_t width, MgvqType type, cudaStream_t) {
+  const int64_t row_bytes = width * static_cast<int64_t>(size_of(type));
+  if (mgvq_reference_merge_features(embeddings, features, place, count, feature_count, row_bytes))
+    return refuse(mgvq_reference_reason());
+  return cudaSuccess;
+}
+
+cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStream_t) {
+  if (bytes % 16) return refuse("bytes must be a multiple of 16");
+  *sink = 0;
+  for (int64_t at = 0; at < bytes; at += 4) {
+    uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(data) + at, sizeof(word));
+    *sink ^= word;
+  }
+  return cudaSuccess;
+}
