@@ -79,7 +79,7 @@ def test_int8_activations_are_summed_in_integers(kernels, code, tactic):
         assert ((found.float() - expected).abs() <= (2.0**-11 + 2.0**-22) * expected.abs() + 2.0**-25).all()
 
 
-def test_int8_needs_int8_tables(runner):
+def test_int8_needs_int8_tables(kernels):
     given = problem((CODES["2,4,8"], 64), rows=128)
     with pytest.raises(UnsupportedError, match="valid_tactics"):
         run(kernels, given, torch.zeros(1, 64).half(), SKINNY | INT8 | 1)
