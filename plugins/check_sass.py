@@ -2,11 +2,12 @@
 
     python plugins/check_sass.py --architectures 87,90a,110,120 [--codes 2_4_8,4_8_9] [--nvdisasm PATH] [--format json]
 
-For every code and architecture the kernels are compiled to a cubin. Spills, or more registers than a block of the kernel may
-have, are failures. With nvdisasm (part of the CUDA toolkit; `pip install nvidia-cuda-nvdisasm` brings it alone) the hot loop
-of the one-token kernel is counted too: instructions, lookups (LDS), and the clocks a unit of 128 rows by 16 columns needs
-of each pipe by the model of one SM (4 instructions, 2 integer instructions, 1 shared-memory wavefront a clock; 1/2 mma). Index
-bytes a clock are the unit's bytes over the busiest pipe's clocks: a bound of the model, not a measurement.
+For every code and architecture the kernels are compiled to a cubin. Spills, or more registers than a block of the
+kernel may have, are failures. With nvdisasm (part of the CUDA toolkit; `pip install nvidia-cuda-nvdisasm` brings it
+alone) the hot loop of the one-token kernel is counted too: instructions, lookups (LDS), and the clocks a unit of 128
+rows by 16 columns needs of each pipe by the model of one SM (4 instructions, 2 integer instructions, 1 shared-memory
+wavefront a clock; half an mma). Index bytes a clock are the unit's bytes over the busiest pipe's clocks: a bound of
+the model, not a measurement.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ from kernel_problems import PLUGINS
 sys.path.insert(0, str(PLUGINS))
 import check_sass
 
-RESOURCES = """\
-ptxas info    : Compiling entry function '_ZN4mgvq13skinny_kernelILi2ELi4ELi8ELi1ELb0ELb1EEEvNS_13SegmentLaunchE' for 'sm_87'
+SKINNY = "_ZN4mgvq13skinny_kernelILi2ELi4ELi8ELi1ELb0ELb1EEEvNS_13SegmentLaunchE"
+TILED = "_ZN4mgvq12tiled_kernelILi2ELi4ELi8ELi4ELb0EEEvNS_13SegmentLaunchE"
+RESOURCES = f"""\
+ptxas info    : Compiling entry function '{SKINNY}' for 'sm_87'
     0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers
-ptxas info    : Compiling entry function '_ZN4mgvq12tiled_kernelILi2ELi4ELi8ELi4ELb0EEEvNS_13SegmentLaunchE' for 'sm_87'
+ptxas info    : Compiling entry function '{TILED}' for 'sm_87'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 300 registers, used 1 barriers
 """

@@ -1,4 +1,4 @@
-"""Every way to run a linear gives the same product: splits, tiles, int8 activations, from 1 token to more than a tile."""
+"""Every way to run a linear gives the same product: splits, tiles, int8 activations, from 1 token to several tiles."""
 
 from __future__ import annotations
 
