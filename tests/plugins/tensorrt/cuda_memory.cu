@@ -1,0 +1,49 @@
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "memory.h"
+
+namespace {
+
+constexpr std::size_t kAtLeast = 1;  // cudaMalloc of nothing gives no pointer
+
+void must(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::printf("FAILED %s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+class CudaMemory final : public Memory {
+ public:
+  ~CudaMemory() override { clear(); }
+  void* put(const void* from, std::size_t bytes) override {
+    void* block = nullptr;
+    must(cudaMalloc(&block, bytes + kAtLeast), "cudaMalloc");
+    blocks_.push_back(block);
+    must(cudaMemcpy(block, from, bytes, cudaMemcpyHostToDevice), "a copy to the device");
+    return block;
+  }
+  void get(void* to, const void* from, std::size_t bytes) override {
+    must(cudaDeviceSynchronize(), "the kernels");
+    must(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "a copy from the device");
+  }
+  void clear() override {
+    must(cudaDeviceSynchronize(), "the kernels");
+    for (void* block : blocks_) must(cudaFree(block), "cudaFree");
+    blocks_.clear();
+  }
+
+ private:
+  std::vector<void*> blocks_;
+};
+
+}  // namespace
+
+std::unique_ptr<Memory> cuda_memory() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return nullptr;
+  return std::make_unique<CudaMemory>();
+}
