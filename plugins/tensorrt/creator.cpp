@@ -1,5 +1,6 @@
 #include "tensorrt/creator.h"
 
+#include <cstdio>
 #include <string>
 
 #include "tensorrt/log.h"

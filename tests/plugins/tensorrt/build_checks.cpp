@@ -153,6 +153,21 @@ std::size_t workspace_of(const Plugin& plugin, const std::vector<nvinfer1::Dynam
   return plugin.build->getWorkspaceSize(tensors.data(), static_cast<int32_t>(tensors.size()) - 1, &tensors.back(), 1);
 }
 
+// The most that the tactics take for any number of tokens they can run; the dispatcher's figures depend on no device.
+std::size_t most_needed(const Weight& weight, const std::vector<int32_t>& tactics, int64_t tokens_at_most) {
+  constexpr mgvq::Device kAny{87, 8, 163 * 1024};
+  std::size_t most = 0;
+  for (int64_t tokens = 1; tokens <= tokens_at_most; ++tokens) {
+    const mgvq::Problem problem{tokens, weight.rows, 1, {{weight.code, weight.columns}}};
+    for (const int32_t id : tactics) {
+      mgvq::Tactic tactic{};
+      if (mgvq::tactic_from_id(id, &tactic) && mgvq::is_valid(tactic, problem, kAny))
+        most = std::max(most, mgvq::workspace_bytes(problem, kAny, tactic));
+    }
+  }
+  return most;
+}
+
 // Tactics and workspace of one profile; the workspace against the dispatcher's own figures for an Orin-like device.
 void check_profile(Library& library, const Weight& weight, bool allow_int8, int64_t least, int64_t likely,
                    int64_t most) {
@@ -174,7 +189,9 @@ void check_profile(Library& library, const Weight& weight, bool allow_int8, int6
   }
   check(are_settable && has_int8 == (allow_int8 && weight.code.vector == 4 && !is_mixed),
         "each can be set; int8 activations only where the node allows them");
-  check(workspace_of(plugin, tensors) <= std::size_t{8} << 20, "%zu bytes of workspace", workspace_of(plugin, tensors));
+  const std::size_t found = workspace_of(plugin, tensors), needed = most_needed(weight, tactics, most);
+  check(found >= needed && found <= std::size_t{8} << 20,
+        "%zu bytes of workspace, of which these tactics use up to %zu", found, needed);
   check(plugin.build->getValidTactics(nullptr, static_cast<int32_t>(tactics.size()) + 1) != 0,
         "another room is refused");
   library.logger.take();

@@ -219,6 +219,15 @@ void check_tactics() {
   EXPECT(!refusal_of([&] { check_tactic(attributes, 12345678); }).empty(), "a number that is no tactic");
   const Tactic skinny{Regime::kSkinny, Activations::kFloat16, 1};
   EXPECT(has(refusal_of([&] { tactic_for(attributes, id_of(skinny), 2048, kOrin); }), "2048"), "too many tokens");
+  // A split that one token can afford and 32 cannot: 16 parts of 8192 rows are 16 MiB.
+  const Attributes tall = attributes_of(Op::kLinear, 8192, 8192, {4, 8, 8});
+  const auto runs_all = [&](const TokenRange& range) {
+    const std::vector<int> ids = tactics_of(tall, range, kOrin);
+    for (const int id : ids)
+      EXPECT(refusal_of([&] { tactic_for(tall, id, range.most, kOrin); }).empty(), "tactic %d of a profile", id);
+    return ids.size();
+  };
+  EXPECT(runs_all({1, 1, 1}) > runs_all({1, 1, 32}) && runs_all({1, 1, 32}) > 0, "fewer tactics for a wider profile");
   const Attributes embedding = attributes_of(Op::kEmbedding, 4096, 1536, {4, 8, 8});
   EXPECT(tactics_of(embedding, {1, 8, 16}, kOrin).empty() && workspace_of(embedding, {1, 8, 16}, kOrin) == 0, "none");
   EXPECT(!refusal_of([&] { check_tactic(embedding, id_of(skinny)); }).empty(), "an embedding has no tactics");

@@ -35,6 +35,24 @@ class CudaMemory final : public Memory {
     for (void* block : blocks_) must(cudaFree(block), "cudaFree");
     blocks_.clear();
   }
+  // Strict capture: an allocation or synchronization inside enqueue would end it with an error.
+  bool run_twice(const std::function<bool(void*)>& enqueue) override {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
+    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "the begin of a capture");
+    const bool is_enqueued = enqueue(stream);
+    must(cudaStreamEndCapture(stream, &graph), "the end of a capture");
+    must(cudaGraphInstantiate(&executable, graph, 0), "a graph of what was captured");
+    for (int i = 0; i < 2; ++i) must(cudaGraphLaunch(executable, stream), "a launch of the graph");
+    must(cudaStreamSynchronize(stream), "the graph");
+    must(cudaGraphExecDestroy(executable), "the end of the graph");
+    must(cudaGraphDestroy(graph), "the end of the graph");
+    must(cudaStreamDestroy(stream), "the end of the stream");
+    return is_enqueued;
+  }
+  bool has_graphs() const override { return true; }
 
  private:
   std::vector<void*> blocks_;

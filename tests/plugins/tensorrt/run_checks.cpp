@@ -159,6 +159,7 @@ void check_every_tactic(Library& library, Memory& memory, const mgvq::Code& code
   planned.build->getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size()));
   const Plugin plugin = attached(library.linear, fields_of(weight, true));
   const Expected expected = expected_of(weight, x, shape.type, bias);
+  const std::vector<uint8_t> by_default = enqueue(plugin, weight, run, memory);
   for (const int32_t id : tactics) {
     mgvq::Tactic tactic{};
     mgvq::tactic_from_id(id, &tactic);
@@ -204,6 +205,26 @@ void check_copies(Library& library, Memory& memory) {
   const std::vector<uint8_t> first = enqueue(plugin, weight, run, memory);
   const Plugin clone(plugin.whole->clone());
   check(margin_stayed(first) && enqueue(clone, weight, run, memory) == first, "a clone gives the same bits");
+  const Case with_bias{{3, 2}, DataType::kHALF, true, DataType::kHALF};
+  const Run second = run_of(weight, with_bias, random_values(6 * kColumns, false, 11), random_values(kRows, false, 12));
+  const std::vector<uint8_t> biased = enqueue(plugin, weight, second, memory);
+  const Plugin prepared(plugin.whole->clone());
+  check(biased != first && margin_stayed(biased) && enqueue_prepared(prepared, weight, second, memory) == biased,
+        "a clone of a plugin that is ready is ready, bias and all");
+  const std::vector<uint8_t> replayed = enqueue_prepared(prepared, weight, second, memory, true, 0, true);
+  check(replayed == biased, memory.has_graphs() ? "captured in a CUDA graph and launched twice: the same bits"
+                                                : "enqueued twice into the same output: the same bits");
+  // So is its tactic.
+  const Weight quads = random_weight({4, 8, 8}, kRows, kColumns, false, 13);
+  const Plugin rounding = attached(library.linear, fields_of(quads, true));
+  Run by_int8 = run_of(quads, shape, random_values(6 * kColumns, false, 14), {});
+  const std::vector<uint8_t> by_default = enqueue(rounding, quads, by_int8, memory);
+  by_int8.tactic = mgvq::id_of({mgvq::Regime::kSkinny, mgvq::Activations::kInt8, 1});
+  const std::vector<uint8_t> rounded = enqueue(rounding, quads, by_int8, memory);
+  const Plugin rounding_too(rounding.whole->clone());
+  check(margin_stayed(rounded) && rounded != by_default &&
+            enqueue_prepared(rounding_too, quads, by_int8, memory) == rounded,
+        "a clone keeps the tactic");
   Run flat = run;
   flat.call = call_of(weight, {6}, DataType::kHALF, DataType::kHALF);
   check(enqueue(plugin, weight, flat, memory) == first, "rank 3 and rank 2 give the same bits");
