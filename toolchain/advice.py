@@ -69,7 +69,7 @@ def largest_bits(plan: BitPlan, geometry: ModelGeometry, target: Target, workloa
 
 def codes_to_choose(plan: BitPlan) -> tuple[VQCode, ...]:
     """The codes its method can make: plain ones, and those with overlapping windows if the plan has any such code."""
-    overlapping = any(layer.vq_code.window > layer.vq_code.shift for layer in plan.layers)
+    overlapping = any(piece.vq_code.window > piece.vq_code.shift for x in plan.layers for piece in x.pieces)
     return tuple(CODES.values()) if overlapping else tuple(CODES[name] for name in PLAIN_CODE_NAMES)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolchain.errors import BudgetError, NumericGateError, UsageError
-from toolchain.values import CODE_NAMES, CODES
+from toolchain.values import CODE_NAMES, CODES, parse_format
 
 CODES_BY_BITS: dict[float, str] = {2: "4,8,8", 3: "2,6,6", 4: "2,8,8"}
 # Less error for the same bits and a longer search, and rates that plain codes lack.
@@ -36,14 +36,21 @@ class Group:
         return sum(rows * columns for rows, columns in self.shapes)
 
     def index_quarters(self, code: str) -> int:
-        """Index bits, in quarters of a bit."""
-        return self.weights * CODES[code].shift * QUARTERS // CODES[code].vector
+        """Index bits, in quarters of a bit, of a code or of segments (`values.parse_format`)."""
+        return sum(
+            rows * segment.columns * segment.code.shift * QUARTERS // segment.code.vector
+            for rows, columns in self.shapes
+            for segment in parse_format(code, columns)
+        )
 
     def bytes(self, code: str) -> int:
-        """Codes with their padding, row scales and the one table."""
-        chosen = CODES[code]
-        codes = sum(chosen.codes_bytes(rows, columns) + SCALE_BYTES * rows for rows, columns in self.shapes)
-        return codes + chosen.table_bytes
+        """Codes with their padding, row scales and the one table; all three of every segment."""
+        codes = sum(
+            segment.code.codes_bytes(rows, segment.columns) + SCALE_BYTES * rows
+            for rows, columns in self.shapes
+            for segment in parse_format(code, columns)
+        )
+        return codes + sum(segment.code.table_bytes for segment in parse_format(code, self.shapes[0][1]))
 
 
 def codes_for_average(
@@ -149,6 +156,11 @@ def modelled_losses(groups: Mapping[str, Group], sensitivity: Mapping[str, float
     }
 
 
+def is_known_format(text: str) -> bool:
+    """Whether every code of a format, one or those of segments, is one that is decoded everywhere."""
+    return all(part.partition("@")[0] in CODES for part in text.split("+"))
+
+
 def _cheapest_loss(offered: Losses, costs: Mapping[str, Mapping[str, int]], budget: int) -> dict[str, str]:
     from toolchain.vq.allocate import Choice, allocate  # NumPy, which nothing else here needs
 
@@ -169,7 +181,7 @@ def _offered(groups: Mapping[str, Group], losses: Losses) -> dict[str, dict[str,
                 f"group {name}: expected the losses of at least one code, found none; measure or override it"
             )
         for code, loss in codes.items():
-            if code not in CODES:
+            if not is_known_format(code):
                 raise UsageError(f"losses of group {name}: unknown code {code}; use any of {' '.join(CODE_NAMES)}")
             if not (math.isfinite(loss) and loss >= 0):
                 raise NumericGateError(

@@ -13,10 +13,11 @@ from toolchain.bit_allocation import (
     codes_for_average,
     codes_for_bytes,
     codes_for_losses,
+    is_known_format,
     modelled_losses,
 )
-from toolchain.errors import UsageError
-from toolchain.values import CODE_NAMES, CODES, PARTS, BitPlan, LayerPlan, LayerSpec
+from toolchain.errors import UnsupportedError, UsageError
+from toolchain.values import CODE_NAMES, CODES, PARTS, BitPlan, LayerPlan, LayerSpec, parse_format
 
 # Without a requested average. The decoder carries most of the weights and stands 2 bits; what is small, or is read by
 # everything after it, gets more.
@@ -67,9 +68,11 @@ def plan(
         bits: most index bits, averaged over the stored quantized weights.
         budget_bytes: most bytes of the whole model as `real_bits` counts them: padded codes, tables, scales, and what
             stays in 16 bits.
-        overrides: (glob pattern of layer names, code "V,k,L"); the last that matches wins.
+        overrides: (glob pattern of layer names, code "V,k,L" or segments as `values.parse_format` reads them); the
+            last that matches wins.
         sensitivity: group → loss at 2 bits, in any one unit.
-        losses: group → code → loss, in any one unit; every group that no override fixes chooses among its codes.
+        losses: group → code or segments → loss, in any one unit; every group that no override fixes chooses among
+            its own.
         overlapping: codes with overlapping windows wherever neither an override nor losses name one.
 
     Raises:
@@ -146,12 +149,17 @@ def _overridden(
     """Group → code, where an override says one."""
     chosen: dict[str, str] = {}
     for pattern, code in overrides:
-        if code not in CODES:
-            raise UsageError(f"override {pattern}={code}: unknown code; use one of {' '.join(CODE_NAMES)}")
-        matched = [spec.name for spec in layers if fnmatchcase(spec.name, pattern)]
+        if not is_known_format(code):
+            raise UsageError(
+                f"override {pattern}={code}: unknown code; use one of {' '.join(CODE_NAMES)}, or segments of them such "
+                "as 2,6,8@64+2,4,8"
+            )
+        matched = [spec for spec in layers if fnmatchcase(spec.name, pattern)]
         if not matched:
             raise UsageError(f"override {pattern}={code}: matches no layer; see the layer names with `mgvq inspect`")
-        chosen |= dict.fromkeys(matched, code)
+        for spec in matched:
+            _check_segments(spec, code)
+        chosen |= {spec.name: code for spec in matched}
     fixed: dict[str, str] = {}
     for group, members in groups.items():
         found = {chosen.get(spec.name) for spec in members}
@@ -161,6 +169,20 @@ def _overridden(
         if override := found.pop():
             fixed[group] = override
     return fixed
+
+
+def _check_segments(spec: LayerSpec, code: str) -> None:
+    """Refuse segments of what is no linear, or that do not fit it."""
+    if "+" not in code:
+        return
+    if spec.kind != "linear" or spec.tied_to:
+        raise UsageError(
+            f"layer {spec.name}: only untied linears are cut into segments, found {code}; give it one code"
+        )
+    try:
+        parse_format(code, spec.columns)
+    except UnsupportedError as error:
+        raise UsageError(f"layer {spec.name}: {error}") from None
 
 
 def _stored_shapes(specs: list[LayerSpec]) -> tuple[tuple[int, int], ...]:
@@ -202,8 +224,8 @@ def real_bits(bit_plan: BitPlan, parts: Iterable[str] | None = None) -> dict[str
 
 def _count(stored: list[LayerPlan], kept: int) -> BitCount:
     quantized = sum(layer.rows * layer.columns for layer in stored)
-    tables = {layer.table: layer.vq_code.table_bytes for layer in stored}
+    tables = {piece.table: piece.vq_code.table_bytes for layer in stored for piece in layer.pieces}
     size = sum(layer.codes_bytes + layer.scales_bytes for layer in stored) + sum(tables.values()) + KEPT_BYTES * kept
-    index = sum(layer.rows * layer.columns * layer.vq_code.index_bits for layer in stored)
+    index = sum(layer.rows * layer.columns * layer.index_bits for layer in stored)
     weights = quantized + kept
     return BitCount(index / quantized if quantized else 0.0, 8 * size / weights if weights else 0.0, size, weights)

@@ -19,7 +19,8 @@ from toolchain.checkpoint import load_any
 from toolchain.dealing import load_dealt
 from toolchain.errors import ShapeError, UsageError
 from toolchain.models.family import family_for, read_config
-from toolchain.modules import keep_decoded, patch_rows, vq_modules
+from toolchain.modules import keep_decoded, patch_rows
+from toolchain.segmented import vq_layers
 from toolchain.values import PARTS, LayerSpec, Sample
 
 TEXT, IMAGE = "text", "image"
@@ -188,7 +189,7 @@ def checkpoint_layer_errors(
         InputDataError: the checkpoint is broken.
         UsageError: no layer of `model` is quantized, or not from this checkpoint.
     """
-    codes = {name: str(module.code) for name, module in vq_modules(model).items()}
+    codes = {name: str(module.code) for name, module in vq_layers(model).items()}
     if not codes:
         raise UsageError("no layer of the model is quantized; name a quantized checkpoint to measure its layers")
     config = read_config(folder)

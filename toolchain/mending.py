@@ -42,14 +42,15 @@ class Patient:
 def mend_by_rounds(patient: Patient, store: ObjectStore, coupled: bool, watch: Watch) -> list[dict[str, Any]]:
     """At most ROUNDS Jacobi rounds, in place; what each did. The first that helps nothing is the last.
 
-    Second moments of all layers' inputs are held at once.
+    Layers in K-segments, embeddings and what is tied to them keep their codes. Second moments of all layers' inputs
+    are held at once.
 
     Args:
         coupled: rows count by S_o, the second moment of the output gradients; else each alike.
     """
     linears = [spec for spec in patient.specs if spec.kind != "embedding" and not spec.tied_to]
     stored = {spec.group for spec in patient.specs if spec.tied_to}
-    linears = [spec for spec in linears if spec.group not in stored]
+    linears = [spec for spec in linears if spec.group not in stored and not patient.plan.layer(spec.name).segments]
     scores, factors = None, None
     found: list[dict[str, Any]] = []
     for number in range(ROUNDS):

@@ -7,57 +7,39 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from toolchain.bit_allocation import CODES_BY_BITS, OVERLAPPING_BY_BITS
 from toolchain.bitplan import plan as plan_bits
-from toolchain.calibration import CalibrationInput, tied_moment
-from toolchain.dealing import deal_model, measured_orders
-from toolchain.mending import ROWS_UP_TO, Patient, Watch, mend_by_rounds, mend_by_tuning
-from toolchain.models.family import Config, Family
+from toolchain.dealing import (
+    Ranking,
+    composed,
+    cut_orders,
+    deal_model,
+    energies_now,
+    groups_to_cut,
+    measured_orders,
+    rank_columns,
+)
+from toolchain.drift_solver import DriftSolver, Job, held_out_samples, row_weights_of
+from toolchain.mending import Patient, Watch, mend_by_rounds, mend_by_tuning
 from toolchain.models.inventory import kept_parameters
-from toolchain.moments import Masses, collect_pairs, survey_inputs
+from toolchain.moments import Masses, Survey, collect_pairs, survey_inputs
 from toolchain.objects import ObjectStore
 from toolchain.recipe import Recipe
-from toolchain.sensitivity import Sensitivity, expected_loss, measure_sensitivity
-from toolchain.sequence import LayerResult, Progress, Solved, planned_code, quantize_in_sequence
-from toolchain.statistics import LossStatistics, collect_loss_statistics
-from toolchain.values import BitPlan, LayerSpec, VQCode
-from toolchain.vq.curvature import damp
-from toolchain.vq.descent import Descent
-from toolchain.vq.drift import PairMoments, gated_shift
-from toolchain.vq.factor import factor_moment
-from toolchain.vq.refit_cg import refine
-from toolchain.vq.scales import rms_scales
-from toolchain.vq.solve import quantize_group, solve_problem
-from toolchain.vq.weights import Options, VQGroup, pack_group, stack_group
+from toolchain.segment_planning import GroupLosses, Planner
+from toolchain.segmentation import unit_widths
+from toolchain.sensitivity import Sensitivity, measure_sensitivity
+from toolchain.sequence import LayerResult, Progress, group_generator, quantize_in_sequence
+from toolchain.statistics import collect_loss_statistics
+from toolchain.values import BitPlan, LayerSpec
 
-ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
-HELD_OUT = 4  # every so many-th sample weighs the groups and gates what the others fitted
 # At 2 bits quads with one window bit to spare stand beside pairs with four: the better one depends on how evenly
 # column energies lie.
 CODES_OFFERED = (*OVERLAPPING_BY_BITS.values(), "4,8,9")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to quantize and how. `model` is full precision and is given up: the result is made in it."""
-
-    model: nn.Module
-    family: Family
-    config: Config
-    specs: tuple[LayerSpec, ...]
-    inputs: list[CalibrationInput]
-    bits: float | None
-    budget_bytes: int | None
-    overrides: tuple[tuple[str, str], ...]
-    options: Options
-    seed: int
-    kept_dtype: torch.dtype  # what stays in 16 bits is stored in it
 
 
 @dataclass(frozen=True)
@@ -79,11 +61,17 @@ def quantize_model(
     say = watch or (lambda what, done, total: None)
     full = job.model.requires_grad_(False)
     linears = [spec for spec in job.specs if spec.kind != "embedding"]
-    survey = survey_inputs(full, job.inputs, linears, lambda done, total: say("survey", done, total))
+    cap = job.options.norm_quantile if recipe.caps else None
+    survey = survey_inputs(full, job.inputs, linears, lambda done, total: say("survey", done, total), cap)
     orders = _dealt(job, recipe, survey.energies)
-    masses = _masses(job, recipe, linears, survey.masses, say)
-    sensitivity = _sensitivity(job, recipe, store, masses, say)
+    masses = _masses(job, recipe, linears, survey, say)
+    ranks = _ranks(job, recipe, survey.energies, orders)
+    sensitivity = _sensitivity(job, recipe, store, masses, ranks, say)
+    sensitivity = _segmented(job, recipe, store, masses, ranks, sensitivity)
     plan = _plan(job, recipe, sensitivity)
+    then = cut_orders(ranks.free or _rankings(job, survey.energies, orders), plan, recipe.deal)
+    deal_model(job.model, job.family, job.config, then)
+    orders = composed(orders, then)
     quantized = copy.deepcopy(full)
     solver = DriftSolver(job, recipe, plan, full, masses)
     layers = quantize_in_sequence(quantized, job.specs, plan, solver, store, job.seed, progress)
@@ -105,11 +93,13 @@ def _dealt(job: Job, recipe: Recipe, energies: Mapping[str, Tensor]) -> dict[str
     return orders
 
 
-def _masses(job: Job, recipe: Recipe, linears: Sequence[LayerSpec], even: Masses, say: Watch) -> Masses:
-    """Token masses: by the loss gradient where the recipe and the options say so, else every modality alike."""
+def _masses(job: Job, recipe: Recipe, linears: Sequence[LayerSpec], survey: Survey, say: Watch) -> Masses:
+    """Token masses: by the loss gradient where the recipe and the options say so, else every modality alike; those of
+    attention sinks capped where the recipe says so.
+    """
     if not recipe.fisher:
-        return even
-    return collect_loss_statistics(
+        return survey.masses
+    found = collect_loss_statistics(
         job.model,
         job.inputs,
         linears,
@@ -117,9 +107,34 @@ def _masses(job: Job, recipe: Recipe, linears: Sequence[LayerSpec], even: Masses
         power=job.options.token_power,
         progress=lambda done, total: say("gradients", done, total),
     ).masses
+    return survey.capped(found, job.options.norm_quantile) if recipe.caps else found
 
 
-def _sensitivity(job: Job, recipe: Recipe, store: ObjectStore, masses: Masses, say: Watch) -> Sensitivity | None:
+@dataclass(frozen=True)
+class Ranks:
+    """Free order → its ranking, and group → the ranking its columns have, of the groups that may be cut there."""
+
+    free: dict[str, Ranking] = field(default_factory=dict)
+    groups: dict[str, Ranking] = field(default_factory=dict)
+
+
+def _ranks(job: Job, recipe: Recipe, energies: Mapping[str, Tensor], orders: Mapping[str, Tensor]) -> Ranks:
+    """What may be cut; nothing without the recipe's part, or where there is nothing to plan for."""
+    if not (recipe.segments and recipe.mix) or (job.bits is None and job.budget_bytes is None):
+        return Ranks()
+    free = _rankings(job, energies, orders)
+    now = energies_now(job.family, job.config, job.specs, energies, orders)
+    return Ranks(free, groups_to_cut(job.specs, free, now))
+
+
+def _rankings(job: Job, energies: Mapping[str, Tensor], orders: Mapping[str, Tensor]) -> dict[str, Ranking]:
+    now = energies_now(job.family, job.config, job.specs, energies, orders)
+    return rank_columns(job.model, job.family, job.config, job.specs, now)
+
+
+def _sensitivity(
+    job: Job, recipe: Recipe, store: ObjectStore, masses: Masses, ranks: Ranks, say: Watch
+) -> Sensitivity | None:
     """Losses to plan by, kept in the store; None where nothing is left to choose."""
     if not recipe.mix or (job.bits is None and job.budget_bytes is None):
         return None
@@ -133,6 +148,7 @@ def _sensitivity(job: Job, recipe: Recipe, store: ObjectStore, masses: Masses, s
             CODES_OFFERED if recipe.overlap else tuple(CODES_BY_BITS.values()),
             held_out=held_out_samples(job.inputs),
             row_weights=row_weights_of,
+            ranks={group: one.banded(unit_widths(len(one.order)), recipe.deal) for group, one in ranks.groups.items()},
             seed=job.seed,
             options=job.options,
             watch=lambda done, total: say("sensitivity", done, total),
@@ -142,132 +158,51 @@ def _sensitivity(job: Job, recipe: Recipe, store: ObjectStore, masses: Masses, s
     return Sensitivity(**store.made("sensitivity", make)[1])
 
 
-def held_out_samples(inputs: Sequence[CalibrationInput]) -> range:
-    """Every HELD_OUT-th sample; all of them where there are fewer."""
-    return range(len(inputs)) if len(inputs) < HELD_OUT else range(1, len(inputs), HELD_OUT)
+def _segmented(
+    job: Job, recipe: Recipe, store: ObjectStore, masses: Masses, ranks: Ranks, sensitivity: Sensitivity | None
+) -> Sensitivity | None:
+    """The sensitivity with the segmentations that a plan may choose, kept in the store."""
+    if sensitivity is None or not ranks.groups:
+        return sensitivity
+
+    def make() -> tuple[dict[str, Tensor], GroupLosses]:
+        members = {group: [spec for spec in job.specs if spec.group == group] for group in ranks.groups}
+
+        def weights(group: str) -> tuple[list[Tensor], Tensor]:
+            own = [
+                job.model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in members[group]
+            ]
+            pairs = collect_pairs(job.model, None, job.inputs, members[group], masses)
+            return own, pairs[group].whole.moment
+
+        planner = Planner(
+            sensitivity,
+            ranks.groups,
+            weights,
+            lambda losses: _planned(job, recipe, losses),
+            job.options,
+            lambda group: group_generator(job.seed, group),
+            recipe.deal,
+        )
+        return {}, planner.confirmed()
+
+    return replace(sensitivity, segmented=store.made("segments", make)[1])
 
 
 def _plan(job: Job, recipe: Recipe, sensitivity: Sensitivity | None) -> BitPlan:
+    if sensitivity is None:
+        return _planned(job, recipe, None)
+    single = sensitivity.losses(job.options.modalities)
+    return _planned(job, recipe, {group: one | sensitivity.segmented.get(group, {}) for group, one in single.items()})
+
+
+def _planned(job: Job, recipe: Recipe, losses: GroupLosses | None) -> BitPlan:
     return plan_bits(
         job.specs,
         kept_parameters(job.model, job.specs),
         bits=job.bits,
         budget_bytes=job.budget_bytes,
         overrides=job.overrides,
-        losses=None if sensitivity is None else sensitivity.losses(),
+        losses=losses,
         overlapping=recipe.overlap,
     )
-
-
-def row_weights_of(spec: LayerSpec, weight: Tensor) -> Tensor:
-    """float32[m]: what an error in each row counts. An embedding's rows are normalised after they are read: what
-    counts is the error relative to the row, and a rare token's loud row must not take the bits of a common one's.
-    """
-    if spec.kind != "embedding":
-        return torch.ones(len(weight), device=weight.device)
-    squares = rms_scales(weight, weight.shape[1]).square()
-    return torch.where(squares > 0, squares.mean() / squares.clamp_min(1e-12), 0.0)
-
-
-class DriftSolver:
-    """Codes groups for the inputs that the quantized prefix gives, against what full precision would have put out."""
-
-    def __init__(self, job: Job, recipe: Recipe, plan: BitPlan, full: nn.Module, masses: Masses) -> None:
-        self.job, self.recipe, self.plan, self.full, self.masses = job, recipe, plan, full, masses
-        self.pairs: dict[str, PairMoments] = {}
-        self.statistics = LossStatistics()
-
-    def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
-        groups = {spec.group for spec in step}
-        asked = [spec for spec in self.job.specs if spec.group in groups and spec.kind != "embedding"]
-        full = self.full if self.recipe.drift else None
-        self.pairs = collect_pairs(model, full, self.job.inputs, asked, self.masses) if asked else {}
-        if self.recipe.descent and asked:
-            self.statistics = collect_loss_statistics(
-                self.full,
-                self.job.inputs,
-                asked,
-                held_out=held_out_samples(self.job.inputs),
-                rows_up_to=ROWS_UP_TO if self.recipe.fisher else 0,
-                draws=2,
-                seed=self.job.seed,
-            )
-
-    def solve(
-        self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
-    ) -> Solved:
-        spec, options = members[0], self.job.options
-        code = planned_code(self.plan, spec)
-        pairs = self.pairs.get(spec.group)
-        if spec.kind == "embedding":
-            moment = torch.eye(spec.columns) if pairs is None else tied_moment(pairs.whole.moment)
-            rows = [row_weights_of(spec, weight) for weight in weights]
-            return Solved(quantize_group(weights, moment.to(weights[0]), code, options, generator, rows))
-        assert pairs is not None
-        moment = pairs.whole.moment / pairs.whole.mass
-        if not self.recipe.drift:
-            return Solved(self._coded(members, weights, moment, code, generator))
-        stacked = torch.cat(weights)
-        shift = gated_shift(stacked, pairs, self._expected_error(stacked, moment, code, generator))
-        targets = list((stacked + shift.value).split([len(w) for w in weights]))
-        group = self._coded(members, targets, moment, code, generator)
-        return Solved(group, self._biases(model, members, weights, group, pairs), shift.step)
-
-    def _coded(
-        self,
-        members: Sequence[LayerSpec],
-        targets: list[Tensor],
-        moment: Tensor,
-        code: VQCode,
-        generator: torch.Generator,
-    ) -> VQGroup:
-        """The sweep's codes, or descent's where they lose less by the gradients of samples it has not seen."""
-        options = self.job.options
-        if not self.recipe.descent:
-            return quantize_group(targets, moment, code, options, generator)
-        problem = stack_group(targets, moment, code, searches_paths=True)
-        swept = solve_problem(problem, code, options, generator)
-        damped = factor_moment(problem.moment, problem.columns, code.vector, options.damping).damped
-        refined = refine(problem, swept, code, damped, self._row_factors(members), Descent(sweeps=2), rounds=1)
-        groups = [pack_group(problem, found.indices, found.table, found.scales, code) for found in (swept, refined)]
-        return min(groups, key=lambda group: self._held_out_loss(members, targets, group))
-
-    def _row_factors(self, members: Sequence[LayerSpec]) -> list[Tensor] | None:
-        rows = self.statistics.rows
-        if not any(spec.name in rows for spec in members):
-            return None
-        return [damp(rows.get(spec.name, torch.eye(spec.rows)), ROW_DAMPING) for spec in members]
-
-    def _held_out_loss(self, members: Sequence[LayerSpec], targets: Sequence[Tensor], group: VQGroup) -> float:
-        """E_b⟨G_b, E⟩² over the probes: the gate between a descent that helps and one that fits (equation 16)."""
-        products = [
-            [probe.product(target - stored.decode().to(target)) for probe in self.statistics.probes[spec.name]]
-            for spec, target, stored in zip(members, targets, group.layers)
-        ]
-        return float(torch.tensor(products, dtype=torch.float64).sum(dim=0).square().mean())
-
-    def _expected_error(self, weight: Tensor, moment: Tensor, code: VQCode, generator: torch.Generator) -> float:
-        """tr(E H Eᵀ) that coding without a shift would leave, from a dry run in the code's stand-in."""
-        fork = torch.Generator(generator.device)
-        fork.set_state(generator.get_state())
-        return expected_loss(weight, moment, code, self.job.options, fork)
-
-    def _biases(
-        self,
-        model: nn.Module,
-        members: Sequence[LayerSpec],
-        weights: Sequence[Tensor],
-        group: VQGroup,
-        pairs: PairMoments,
-    ) -> dict[str, Tensor]:
-        """b + E[W x_f − Ŵ x_q] of the layers that have a bias (mgvq-algorithm 4.6)."""
-        if not self.recipe.bias:
-            return {}
-        full_mean, mean = (m / pairs.whole.mass for m in (pairs.whole.full_mean, pairs.whole.mean))
-        found = {}
-        for spec, weight, stored in zip(members, weights, group.layers):
-            bias = getattr(model.get_submodule(spec.name), "bias", None)
-            if bias is not None:
-                corrected = bias.detach().float() + weight @ full_mean - stored.decode().to(weight) @ mean
-                found[spec.name] = corrected.to(self.job.kept_dtype).float()
-        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from toolchain.errors import InputDataError
 from toolchain.sequence import groups_of
 from toolchain.statistics import TOKEN_PARTS, layer_rows, split_masses
 from toolchain.values import LayerSpec
+from toolchain.vq.curvature import capped_masses
 from toolchain.vq.drift import Pair, PairMoments
 
 Masses = Mapping[str, list[Tensor]]
@@ -25,11 +26,20 @@ class _AllSeenError(Exception):
 @dataclass(frozen=True)
 class Survey:
     """One forward pass over all samples: group → token masses (`calibration`'s: every modality alike) and diag E[x xᵀ],
-    float32[n], with those masses.
+    float32[n], with those masses; group → ‖x‖² float32[tokens] a sample, where masses were capped by them.
     """
 
     masses: dict[str, list[Tensor]]
     energies: dict[str, Tensor]
+    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def capped(self, masses: Masses, quantile: float) -> dict[str, list[Tensor]]:
+        """Other masses, capped by the same norms (`curvature.capped_masses`)."""
+        found = {}
+        for group, norms in self.norms.items():
+            own = capped_masses(torch.cat(list(masses[group])), torch.cat(norms), quantile)
+            found[group] = list(own.split([len(part) for part in norms]))
+        return found
 
 
 @dataclass
@@ -83,11 +93,18 @@ def survey_inputs(
     inputs: Sequence[CalibrationInput],
     specs: Sequence[LayerSpec],
     progress: Callable[[int, int], None] | None = None,
+    norm_quantile: float | None = None,
 ) -> Survey:
-    """Token masses with half for either modality in the decoder, and how loud every input column is."""
+    """Token masses with half for either modality in the decoder, and how loud every input column is.
+
+    Args:
+        norm_quantile: tokens louder than it lose mass (`curvature.capped_masses`), at the price of a second pass;
+            None leaves all as they are.
+    """
     first = {group: members[0] for group, members in groups_of(specs).items()}
     squares: dict[str, list[Tensor]] = {group: [] for group in first}
     counts: dict[str, list[Tensor]] = {group: [] for group in first}
+    norms: dict[str, list[Tensor]] = {group: [] for group in first if norm_quantile is not None}
     for number, one in enumerate(inputs):
         for group, rows in inputs_of(model, one, first).items():
             image = one.is_image.to(rows.device)
@@ -95,10 +112,28 @@ def survey_inputs(
             kinds = [rows[image], rows[~image]] if mixed else [rows]
             squares[group].append(torch.stack([kind.square().sum(dim=0) for kind in kinds]))
             counts[group].append(torch.ones(len(rows)))
+            if norm_quantile is not None:
+                norms[group].append(rows.square().sum(dim=1).cpu())
         if progress:
             progress(number + 1, len(inputs))
     masses = {group: split_masses(counts[group], spec, inputs, power=0.0) for group, spec in first.items()}
-    return Survey(masses, {group: _energies(squares[group], masses[group], inputs) for group in first})
+    plain = Survey(masses, {group: _energies(squares[group], masses[group], inputs) for group in first}, norms)
+    if norm_quantile is None:
+        return plain
+    capped = plain.capped(masses, norm_quantile)
+    return Survey(capped, _weighted_energies(model, inputs, first, capped), norms)
+
+
+def _weighted_energies(
+    model: nn.Module, inputs: Sequence[CalibrationInput], first: Mapping[str, LayerSpec], masses: Masses
+) -> dict[str, Tensor]:
+    """Group → Σ_t mass_t x_t², from a pass over all samples."""
+    found: dict[str, Tensor] = {}
+    for number, one in enumerate(inputs):
+        for group, rows in inputs_of(model, one, first).items():
+            own = masses[group][number].to(rows.device) @ rows.square()
+            found[group] = found[group] + own if group in found else own
+    return found
 
 
 def _energies(squares: list[Tensor], masses: list[Tensor], inputs: Sequence[CalibrationInput]) -> Tensor:

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
+from toolchain.dry_runs import GAUSSIAN_ERROR, STAND_INS, quick
 from toolchain.kl import token_divergences
 from toolchain.moments import Masses, collect_pairs
 from toolchain.sequence import group_generator, groups_of
-from toolchain.statistics import Probe, answer_scores, collect_loss_statistics
+from toolchain.statistics import (
+    IMAGE,
+    MODALITIES,
+    Probe,
+    answer_scores,
+    collect_loss_statistics,
+    lone_modality,
+    marks_of,
+)
+from toolchain.unit_losses import RankedGroup, measure_units, of_modality
 from toolchain.values import LayerSpec, VQCode
+from toolchain.vq.sensitivity import worst_modality
 from toolchain.vq.solve import quantize_group
-from toolchain.vq.weights import Options
+from toolchain.vq.weights import AVERAGE, Options
 
-# Mean squared error of each code on Gaussian weights, closed chunks, measured (`vq.codebook.arrange_windows` and
-# DESIGN 3), and the memoryless code of the same vector that stands in for it in a dry run. Error after feedback goes
-# with it: on the demo model (2,4,8) over (4,8,8) was 0.68 to 0.85 where the figures say 0.84.
-STAND_INS = {2: VQCode(2, 4, 4), 4: VQCode(4, 8, 8)}
-GAUSSIAN_ERROR = {
-    "2,4,4": 0.1082,
-    "2,3,8": 0.157,
-    "2,4,8": 0.0823,
-    "2,5,8": 0.0431,
-    "2,6,6": 0.031,
-    "2,6,8": 0.0234,
-    "2,8,8": 0.0086,
-    "2,8,9": 0.0073,
-    "4,8,8": 0.098,
-    "4,8,9": 0.089,
-}
 STATISTICS_BYTES = 4 << 30  # of second moments held at a time
-DRY_RUN = {"rounds": 1, "lloyd_rounds": 4, "samples": 8_192}
 
 
 # (layer, its weight float32[m, n]) → what an error in each row counts, float32[m].
@@ -49,20 +45,46 @@ class Sensitivity:
         loss itself, of which ½ E⟨G, E⟩² (equation 16, `fisher`) is the second-order part.
     fisher: the same by held-out gradients.
     local: group → code → share of the group's output energy that is lost (equation 15).
+    modal: group → "text" or "image" → {"local", "fisher"}, with the statistics of that modality's tokens alone.
+    units: group → `unit_losses.UnitLosses` of its columns, of the groups that may be cut into segments.
+    segmented: group → segments → loss, in the unit of `losses`: what planning has offered and confirmed.
     """
 
     measured: dict[str, float]
     fisher: dict[str, float]
     local: dict[str, dict[str, float]]
+    modal: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    units: dict[str, dict[str, Any]] = field(default_factory=dict)
+    segmented: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def losses(self) -> dict[str, dict[str, float]]:
+    def losses(self, rule: str = AVERAGE) -> dict[str, dict[str, float]]:
         """Group → code → loss: the group's total from the global metric, split over codes by the local one."""
-        found = {}
+        found, totals = {}, self.totals(rule)
         for group, local in self.local.items():
             reference = min(self.reference(group).values())
-            share = self.measured[group] / reference if reference > 0 else 0.0
+            share = totals[group] / reference if reference > 0 else 0.0
             found[group] = {code: share * loss for code, loss in local.items()}
         return found
+
+    def totals(self, rule: str = AVERAGE) -> dict[str, float]:
+        """Group → its loss: as measured, or what its worst modality asks for (section 3.4, `worst_modality`).
+
+        A modality has of what is measured its share of the Fisher losses.
+        """
+        if rule == AVERAGE:
+            return dict(self.measured)
+        groups = list(self.measured)
+        parts = {
+            kind: torch.tensor([self.measured[g] * self.modal_shares(g).get(kind, 0.0) for g in groups])
+            for kind in MODALITIES
+        }
+        return dict(zip(groups, worst_modality(parts).tolist(), strict=True))
+
+    def modal_shares(self, group: str) -> dict[str, float]:
+        """Modality → α, its share of the group's Fisher loss; alike where that is 0."""
+        fisher = {kind: one["fisher"] for kind, one in self.modal[group].items()}
+        total = sum(fisher.values())
+        return {kind: value / total if total > 0 else 1 / len(fisher) for kind, value in fisher.items()}
 
     def reference(self, group: str) -> dict[str, float]:
         """Stand-in → local loss of the dry runs, as `local` scales them."""
@@ -91,6 +113,7 @@ def measure_sensitivity(
     *,
     held_out: Sequence[int],
     row_weights: RowWeights,
+    ranks: Mapping[str, Tensor] | None = None,
     draws: int = 2,
     seed: int = 0,
     options: Options | None = None,
@@ -99,37 +122,79 @@ def measure_sensitivity(
     """Local and global losses of every group, from one dry run a vector length.
 
     Layers are taken in stretches whose second moments fit STATISTICS_BYTES; each stretch costs one pass over the
-    samples and `draws` backward passes over the held-out ones, and each group a forward pass over the held-out ones
-    with its dry run in place.
+    samples a modality and `draws` backward passes over the held-out ones, and each group a forward pass over the
+    held-out ones with its dry run in place.
 
     Args:
         model: full precision, columns dealt already if they will be; every weight is put back.
         codes: what the plan will choose among.
         held_out: the samples the losses are measured on.
         row_weights: what an error in each row of a layer counts, float32[m].
+        ranks: group → int64[n], its columns by units of falling sensitivity, of the groups that may be cut there.
     """
-    chosen = replace(options or Options(), **DRY_RUN)
+    chosen = quick(options or Options())
     own = [inputs[number] for number in held_out]
     found = Sensitivity({}, {}, {})
     with torch.inference_mode():
         expected = [answer_scores(model, one) for one in own]
     done = 0
     for stretch in _stretches(specs):
-        linears = [spec for spec in stretch if spec.kind != "embedding"]
-        pairs = collect_pairs(model, None, inputs, linears, masses) if linears else {}
+        moments = _moments(model, inputs, stretch, masses)
         probes = collect_loss_statistics(model, own, stretch, held_out=range(len(own)), draws=draws, seed=seed).probes
         for group, members in groups_of(stretch).items():
             stored = [spec for spec in members if not spec.tied_to]
-            moment = pairs[group].whole.moment if group in pairs else torch.eye(stored[0].columns)
-            runs = _dry_runs(model, stored, moment, codes, chosen, seed, row_weights)
+            given = moments.get(group) or {lone_modality(members[0]): torch.eye(stored[0].columns)}
+            whole = torch.stack(list(given.values())).sum(dim=0)
+            runs = _dry_runs(model, stored, whole, codes, chosen, seed, row_weights)
             best = min(runs, key=lambda run: run.local)
             found.local[group] = _local_losses(runs, codes)
             found.measured[group] = _measured_loss(model, own, expected, stored, best)
             found.fisher[group] = _fisher_loss(model, members, stored, best, probes)
+            found.modal[group] = _modal_losses(model, members, stored, best, probes, given)
+            if ranks and group in ranks:
+                case = RankedGroup(_weights(model, stored), given, [probes[s.name] for s in stored], ranks[group])
+                total = found.measured[group] / best.local if best.local > 0 else 0.0
+                lengths = sorted({VQCode.parse(code).vector for code in codes})
+                stand_ins = [STAND_INS[vector] for vector in lengths]
+                unit = measure_units(case, stand_ins, total, chosen, partial(group_generator, seed, group))
+                found.units[group] = asdict(unit)
             done += len(members)
             if watch:
                 watch(done, len(specs))
     return found
+
+
+def _weights(model: nn.Module, stored: Sequence[LayerSpec]) -> list[Tensor]:
+    return [model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in stored]
+
+
+def _moments(
+    model: nn.Module, inputs: Sequence[CalibrationInput], stretch: Sequence[LayerSpec], masses: Masses
+) -> dict[str, dict[str, Tensor]]:
+    """Group → modality → its part of the second moment, float32[n, n]: the parts add up to H."""
+    found: dict[str, dict[str, Tensor]] = {}
+    linears = [spec for spec in stretch if spec.kind != "embedding"]
+    for kind in MODALITIES:
+        parts = {
+            spec.group: [
+                mass * _belongs(spec, len(mass), one, kind).to(mass)
+                for mass, one in zip(masses[spec.group], inputs, strict=True)
+            ]
+            for spec in linears
+        }
+        asked = [spec for spec in linears if any(bool(part.any()) for part in parts[spec.group])]
+        pairs = collect_pairs(model, None, inputs, asked, parts) if asked else {}
+        for group, pair in pairs.items():
+            found.setdefault(group, {})[kind] = pair.whole.moment
+    return found
+
+
+def _belongs(spec: LayerSpec, tokens: int, one: CalibrationInput, kind: str) -> Tensor:
+    """bool[tokens]: which of a layer's inputs are of a modality."""
+    marks = marks_of(spec, tokens, one)
+    if marks is None:
+        return torch.full((tokens,), lone_modality(spec) == kind)
+    return marks if kind == IMAGE else ~marks
 
 
 def _stretches(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
@@ -156,7 +221,7 @@ def _dry_runs(
     row_weights: RowWeights,
 ) -> list[_DryRun]:
     """One for every vector length among the codes."""
-    weights = [model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in stored]
+    weights = _weights(model, stored)
     counts = [row_weights(spec, w) for spec, w in zip(stored, weights)]
     runs = []
     for vector in sorted({VQCode.parse(code).vector for code in codes}):
@@ -167,13 +232,6 @@ def _dry_runs(
         lost = sum(weighted_error(w - d, moment, r) for w, d, r in zip(weights, decoded, counts))
         runs.append(_DryRun(STAND_INS[vector], decoded, lost / reference if reference > 0 else 0.0))
     return runs
-
-
-def expected_loss(weight: Tensor, moment: Tensor, code: VQCode, options: Options, generator: torch.Generator) -> float:
-    """tr(E H Eᵀ) that coding W float32[m, n] leaves, from a dry run in the code's stand-in, scaled to its rate."""
-    stand_in = STAND_INS[code.vector]
-    group = quantize_group([weight], moment, stand_in, replace(options, **DRY_RUN), generator)
-    return group.loss * GAUSSIAN_ERROR[str(code)] / GAUSSIAN_ERROR[str(stand_in)]
 
 
 def weighted_error(difference: Tensor, moment: Tensor, row_weights: Tensor) -> float:
@@ -208,6 +266,30 @@ def _measured_loss(
             for parameter, weight in zip(parameters, kept):
                 parameter.copy_(weight)
     return float(torch.stack(divergences).mean().clamp_min(0))
+
+
+def _modal_losses(
+    model: nn.Module,
+    members: Sequence[LayerSpec],
+    stored: Sequence[LayerSpec],
+    run: _DryRun,
+    probes: Mapping[str, list[Probe]],
+    moments: Mapping[str, Tensor],
+) -> dict[str, dict[str, float]]:
+    """Modality → {"local", "fisher"} of the dry run: what it costs that modality's tokens."""
+    weights = _weights(model, stored)
+    found = {}
+    for kind, moment in moments.items():
+        ones = [torch.ones(len(w), device=w.device) for w in weights]
+        whole = sum(weighted_error(w, moment, r) for w, r in zip(weights, ones))
+        lost = sum(weighted_error(w - d, moment, r) for w, d, r in zip(weights, run.decoded, ones))
+        own = {name: [of_modality(probe, kind) for probe in given] for name, given in probes.items()}
+        kept = own if len(moments) > 1 else probes
+        found[kind] = {
+            "local": lost / whole if whole > 0 else 0.0,
+            "fisher": _fisher_loss(model, members, stored, run, kept),
+        }
+    return found
 
 
 def _fisher_loss(

@@ -15,8 +15,8 @@ from toolchain.errors import MgvqError
 from toolchain.install import install_layer, install_tables, link_shared, untie_dense
 from toolchain.modules import vq_modules
 from toolchain.objects import ObjectStore
-from toolchain.values import BitPlan, LayerSpec, VQCode
-from toolchain.vq.weights import VQGroup, VQWeights
+from toolchain.values import BitPlan, LayerSpec, VQCode, parse_format
+from toolchain.vq.weights import SegmentedGroup, SegmentedWeights, StoredWeights, VQGroup, VQWeights
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LayerResult:
 class Solved:
     """A group as a solver leaves it: stored forms, biases that replace the layers' own, and the shift's step."""
 
-    group: VQGroup
+    group: VQGroup | SegmentedGroup
     biases: dict[str, Tensor] = field(default_factory=dict)
     step: float = 0.0
 
@@ -123,22 +123,23 @@ def _one_group(
             solved = solver.solve(model, members, weights, group_generator(seed, members[0].group))
         except MgvqError as error:
             raise type(error)(f"layer {members[0].name}: {error}") from error
-        results = _results(plan, members, solved, time.monotonic() - began)
+        results = _results(members, solved, time.monotonic() - began)
         return _tensors(solved, members), [asdict(result) for result in results]
 
     tensors, results = store.made(object_name(members[0].group), make)
     device = model.get_parameter(f"{members[0].name}.weight").device
     for spec, result in zip(members, results, strict=True):
-        weights = _weights({k: t.to(device) for k, t in tensors.items()}, spec, VQCode.parse(result["code"]))
+        weights = _weights({k: t.to(device) for k, t in tensors.items()}, spec, result["code"])
         _install(model, specs, plan, spec, weights, tensors.get(f"{spec.name}.bias"))
     untie_dense(model)
     return [LayerResult(**result) for result in results]
 
 
-def _results(plan: BitPlan, members: Sequence[LayerSpec], solved: Solved, seconds: float) -> list[LayerResult]:
+def _results(members: Sequence[LayerSpec], solved: Solved, seconds: float) -> list[LayerResult]:
     found = []
+    layers: tuple[StoredWeights, ...] = solved.group.layers
     for spec, stored, error, reference in zip(
-        members, solved.group.layers, solved.group.errors, solved.group.references, strict=True
+        members, layers, solved.group.errors, solved.group.references, strict=True
     ):
         relative = error / reference if reference > 0 else 0.0
         found.append(LayerResult(spec.name, spec.part, str(stored.code), relative, seconds, solved.step))
@@ -146,16 +147,38 @@ def _results(plan: BitPlan, members: Sequence[LayerSpec], solved: Solved, second
 
 
 def _tensors(solved: Solved, members: Sequence[LayerSpec]) -> dict[str, Tensor]:
-    """A group as the store keeps it: the table once, codes and scales a layer."""
-    tensors = {"table": solved.group.layers[0].table}
-    for spec, stored in zip(members, solved.group.layers, strict=True):
-        tensors[f"{spec.name}.codes"], tensors[f"{spec.name}.scales"] = stored.codes, stored.scales
+    """A group as the store keeps it: a table once for all layers, codes and scales a layer; of every segment."""
+    tensors = {}
+    layers: tuple[StoredWeights, ...] = solved.group.layers
+    for spec, stored in zip(members, layers, strict=True):
+        for mark, piece in _marked(stored):
+            tensors[f"table{mark}"] = piece.table
+            tensors[f"{spec.name}{mark}.codes"], tensors[f"{spec.name}{mark}.scales"] = piece.codes, piece.scales
     return tensors | {f"{name}.bias": bias for name, bias in solved.biases.items()}
 
 
-def _weights(tensors: dict[str, Tensor], spec: LayerSpec, code: VQCode) -> VQWeights:
-    codes, scales = tensors[f"{spec.name}.codes"], tensors[f"{spec.name}.scales"]
-    return VQWeights(code, spec.rows, spec.columns, codes, tensors["table"], scales)
+def _marked(stored: StoredWeights) -> list[tuple[str, VQWeights]]:
+    """(what follows the layer's name in the store, weights) of everything a layer stores."""
+    if isinstance(stored, VQWeights):
+        return [("", stored)]
+    return [(f".segments.{number}", segment) for number, segment in enumerate(stored.segments)]
+
+
+def _weights(tensors: dict[str, Tensor], spec: LayerSpec, code: str) -> StoredWeights:
+    segments = parse_format(code, spec.columns)
+    marks = [f".segments.{number}" for number in range(len(segments))] if len(segments) > 1 else [""]
+    pieces = tuple(
+        VQWeights(
+            segment.code,
+            spec.rows,
+            segment.columns,
+            tensors[f"{spec.name}{mark}.codes"],
+            tensors[f"table{mark}"],
+            tensors[f"{spec.name}{mark}.scales"],
+        )
+        for mark, segment in zip(marks, segments, strict=True)
+    )
+    return SegmentedWeights(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _install(
@@ -163,10 +186,10 @@ def _install(
     specs: Sequence[LayerSpec],
     plan: BitPlan,
     spec: LayerSpec,
-    weights: VQWeights,
+    weights: StoredWeights,
     bias: Tensor | None,
 ) -> None:
-    module = install_layer(model, plan.layer(spec.name))
+    module: Any = install_layer(model, plan.layer(spec.name))
     module.set_weights(weights)
     module.keep(True)
     if bias is not None:
@@ -174,19 +197,20 @@ def _install(
         own.data = bias.to(own)
     for other in specs:
         if other.tied_to == spec.name:
-            tied = install_layer(model, plan.layer(other.name))
+            tied: Any = install_layer(model, plan.layer(other.name))
             tied.tie_to(module)
             tied.keep(True)
 
 
 def link_tables(model: nn.Module, plan: BitPlan) -> None:
     """Store every table once, on the model's root, and hand it to the modules that share it."""
-    tables = {layer.table: model.get_submodule(layer.name).table for layer in plan.layers}
+    pieces = [piece for layer in plan.layers for piece in layer.pieces]
+    tables = {piece.table: model.get_submodule(piece.name).table for piece in pieces}
     install_tables(model, plan.layers)
     model.get_submodule("mgvq_tables").load_state_dict(tables)
     link_shared(model, plan.layers)
 
 
 def planned_code(plan: BitPlan, spec: LayerSpec) -> VQCode:
-    """The code a plan gives a layer."""
+    """The code a plan gives a layer that has one; see `LayerPlan.vq_code`."""
     return plan.layer(spec.name).vq_code

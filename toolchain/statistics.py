@@ -23,6 +23,7 @@ from toolchain.vq.curvature import token_masses, unit_mean
 
 # Parts of the decoder, where picture and text tokens stand side by side.
 TOKEN_PARTS = ("language", "head")
+TEXT, IMAGE = MODALITIES = ("text", "image")
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,26 @@ class Probe:
     """One sequence's gradient of one layer in factors, G_b = δᵀ x: δ float32[t, m] and x float32[t, n].
 
     Of an embedding x is the ids int64[t] and δ float32[t, n]: row `id` of G_b is the sum of its tokens' δ.
+    `is_image` bool[t] says which tokens are a picture's, where the layer sees both kinds; else None.
     """
 
     outputs: Tensor
     inputs: Tensor
+    is_image: Tensor | None = None
+
+    def of_tokens(self, wanted: Tensor) -> Probe:
+        """What the tokens bool[t] give of the gradient; G_b is the sum of what all give."""
+        return Probe(self.outputs[wanted], self.inputs[wanted])
 
     def product(self, difference: Tensor) -> float:
         """⟨G_b, E⟩ for E float32[m, n], without G_b ever being whole."""
         if not self.inputs.is_floating_point():
             return float((difference[self.inputs] * self.outputs).sum(dtype=torch.float64))
-        return float(((self.outputs @ difference) * self.inputs).sum(dtype=torch.float64))
+        return float(self.by_column(difference).sum())
+
+    def by_column(self, difference: Tensor) -> Tensor:
+        """float64[n]: each column's part of ⟨G_b, E⟩ for E float32[m, n] of a linear."""
+        return ((self.outputs @ difference) * self.inputs).sum(dim=0, dtype=torch.float64)
 
 
 @dataclass
@@ -75,6 +86,17 @@ def layer_rows(x: Tensor, spec: LayerSpec, module: nn.Module) -> Tensor:
         kernel: Any = getattr(module, "kernel_size", None) or module.kernel
         x = patch_rows(x, tuple(kernel))
     return x.detach().reshape(-1, spec.columns).float()
+
+
+def marks_of(spec: LayerSpec, tokens: int, one: CalibrationInput) -> Tensor | None:
+    """bool[tokens], which inputs of a layer stand at a picture's positions; None where it sees one kind alone."""
+    mixed = spec.part in TOKEN_PARTS and tokens == len(one.is_image)
+    return one.is_image if mixed else None
+
+
+def lone_modality(spec: LayerSpec) -> str:
+    """What a layer sees that does not see both: all before the decoder is of a picture, all else of text."""
+    return IMAGE if spec.part in ("vision", "projector") else TEXT
 
 
 def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:
@@ -147,7 +169,7 @@ def collect_loss_statistics(
         else:
             own.norms[-1] += norms / draws
         if state["sample"] in apart:
-            own.probes.append(Probe(delta, x))
+            own.probes.append(Probe(delta, x, marks_of(spec, len(x), inputs[state["sample"]])))
         elif spec.rows <= rows_up_to and spec.kind != "embedding":
             # G_b G_bᵀ = δᵀ (x xᵀ) δ, G_b never formed where a sequence has fewer tokens than the layer columns.
             rows = delta.T @ ((x @ x.T) @ delta) if len(x) <= spec.columns else _outer(delta.T @ x)

@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,50 @@ CODES: dict[str, VQCode] = {name: VQCode.parse(name) for name in CODE_NAMES}
 
 PARTS = ("language", "vision", "projector", "embedding", "head")
 
+SEGMENT_STEP = 64  # boundaries of K-segments are multiples of it
+MOST_SEGMENTS = 3
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns first … first + columns − 1 of a layer, in a code of their own."""
+
+    first: int
+    columns: int
+    code: VQCode
+
+
+def parse_format(text: str, columns: int) -> tuple[Segment, ...]:
+    """The K-segments of a layer of so many columns, first to last; one segment where the text is one code.
+
+    "2,4,8" is one code; "2,6,8@64+2,4,8@128+2,3,8" gives columns 0-63, 64-191, and the rest.
+
+    Raises:
+        UnsupportedError: not such a text, more than MOST_SEGMENTS segments, a boundary that is no multiple of
+            SEGMENT_STEP, or no column left for the last segment.
+    """
+    parts = [part.partition("@") for part in text.split("+")]
+    widths = [width for _, _, width in parts[:-1]]
+    legal = len(parts) <= MOST_SEGMENTS and not parts[-1][1] and all(width.isdecimal() for width in widths)
+    counts = [int(width) for width in widths] if legal else []
+    left = columns - sum(counts)
+    if not legal or left < 1 or any(count < 1 or count % SEGMENT_STEP for count in counts):
+        raise UnsupportedError(
+            f"format {text!r} of a layer of {columns} columns: expected a code V,k,L, or at most {MOST_SEGMENTS} codes "
+            f"with the columns of all but the last, such as 2,6,8@64+2,4,8, in multiples of {SEGMENT_STEP} and fewer "
+            "than the layer has; change the plan or the override"
+        )
+    counts.append(left)
+    firsts = [sum(counts[:number]) for number in range(len(counts))]
+    codes = [VQCode.parse(code) for code, _, _ in parts]
+    return tuple(Segment(*segment) for segment in zip(firsts, counts, codes))
+
+
+def format_text(segments: Sequence[tuple[int, str]]) -> str:
+    """The text of (columns, code) pairs, first to last: what `parse_format` reads."""
+    *others, (_, last) = segments
+    return "+".join([*(f"{code}@{columns}" for columns, code in others), last])
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -123,7 +168,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The format one layer gets. `table` is the id of its table; `code` is "V,k,L"."""
+    """The format one layer gets. `table` is the id of its table; `code` is "V,k,L".
+
+    A layer in K-segments has the text of `parse_format` there, and a table a segment; `pieces` are what is stored.
+    """
 
     name: str
     part: str
@@ -137,16 +185,49 @@ class LayerPlan:
 
     @property
     def vq_code(self) -> VQCode:
+        """The code of a layer that has one.
+
+        Raises:
+            UnsupportedError: the layer is in K-segments.
+        """
         return VQCode.parse(self.code)
+
+    @property
+    def segments(self) -> tuple[LayerPlan, ...]:
+        """Its K-segments as layers of their own, NAME.segments.0 and so on; empty where the layer has one code."""
+        if "+" not in self.code:
+            return ()
+        return tuple(
+            replace(
+                self,
+                name=f"{self.name}.segments.{number}",
+                columns=segment.columns,
+                code=str(segment.code),
+                table=f"{self.table}_{number}",
+            )
+            for number, segment in enumerate(parse_format(self.code, self.columns))
+        )
+
+    @property
+    def pieces(self) -> tuple[LayerPlan, ...]:
+        """What holds codes, table and scales: its segments, or the layer itself."""
+        return self.segments or (self,)
+
+    @property
+    def index_bits(self) -> float:
+        """Index bits a weight, averaged over its columns."""
+        return sum(piece.columns * piece.vq_code.index_bits for piece in self.pieces) / self.columns
 
     @property
     def codes_bytes(self) -> int:
         """0 for a tied layer: its codes are stored once, under the other name."""
-        return 0 if self.tied_to else self.vq_code.codes_bytes(self.rows, self.columns)
+        if self.tied_to:
+            return 0
+        return sum(piece.vq_code.codes_bytes(piece.rows, piece.columns) for piece in self.pieces)
 
     @property
     def scales_bytes(self) -> int:
-        return 0 if self.tied_to else 2 * self.rows
+        return 0 if self.tied_to else 2 * self.rows * len(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -161,17 +242,18 @@ class BitPlan:
     requested_bits: float | None = None
 
     def layer(self, name: str) -> LayerPlan:
-        return next(layer for layer in self.layers if layer.name == name)
+        """The layer, or the segment of one, of that name."""
+        return next(one for layer in self.layers for one in (layer, *layer.segments) if one.name == name)
 
     def tables(self) -> dict[str, VQCode]:
         """Table id → the code whose table it is."""
-        return {layer.table: layer.vq_code for layer in self.layers}
+        return {piece.table: piece.vq_code for layer in self.layers for piece in layer.pieces}
 
     def index_bits(self, parts: tuple[str, ...] = PARTS) -> float:
         """Index bits averaged over the quantized weights of `parts` (what papers quote); 0 where there are none."""
         stored = [x for x in self.layers if x.part in parts and not x.tied_to]
         weights = sum(x.rows * x.columns for x in stored)
-        return sum(x.rows * x.columns * x.vq_code.index_bits for x in stored) / weights if weights else 0.0
+        return sum(x.rows * x.columns * x.index_bits for x in stored) / weights if weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)

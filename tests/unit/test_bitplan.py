@@ -206,6 +206,13 @@ def test_a_group_keeps_to_the_codes_its_losses_name():
         ({"bits": 4.1}, "bits 4.1: expected 2 to 4"),
         ({"overrides": [("nothing.*", "4,8,8")]}, "matches no layer"),
         ({"overrides": [("*", "2,7,8")]}, "unknown code; use one of 4,8,8 2,6,6 2,8,8 2,3,8"),
+        ({"overrides": [("*.down", "2,7,8@64+2,4,8")]}, "unknown code; .* or segments of them such as 2,6,8@64"),
+        (
+            {"overrides": [("*.down", "2,6,8@256+2,4,8")]},
+            r"layer model\.lm\.0\.down: format .* of a layer of 256 columns",
+        ),
+        ({"overrides": [("*.embed", "2,6,8@32+2,4,8")]}, r"layer model\.lm\.embed: only untied linears are cut"),
+        ({"overrides": [("*.patch", "2,6,8@64+2,4,8")]}, r"layer model\.vis\.patch: only untied linears are cut"),
         ({"overrides": [("*.q", "2,8,8")]}, r"group model\.lm\.0\.qkv runs as one node"),
         ({"overrides": [("head", "2,8,8")]}, r"group model\.lm\.embed runs as one node"),
         ({"bits": 2.0, "overrides": [("model.vis.*", "2,8,8")]}, "the overrides alone come to"),
@@ -251,6 +258,36 @@ def test_real_bits_by_hand():
     assert "head" not in found
     assert found["total"].bytes == sum(count.bytes for part, count in found.items() if part != "total")
     assert found["total"].weights == sum(count.weights for part, count in found.items() if part != "total")
+
+
+def test_real_bits_of_segments_by_hand():
+    found = plan(SPECS, {}, bits=2.6, overrides=[("*.down", "2,6,8@64+2,4,8@128+2,3,8")])
+    layer = found.layer("model.lm.0.down")
+    # 64x256 padded to 128 rows: 64 columns of 3 bits, 128 of 2, 64 of 1.5; three tables of 1 KiB and 64 scales each.
+    size = 128 * (64 * 3 + 128 * 2 + 64 * 1.5) / 8 + 3 * 1024 + 3 * 2 * 64
+    alone = plan((SPECS[5],), {}, overrides=[("*", layer.code)])
+    assert real_bits(alone)["total"].bytes == size
+    assert real_bits(alone)["total"].index == (64 * 3 + 128 * 2 + 64 * 1.5) / 256
+    assert found.index_bits() <= 2.6
+
+
+def test_a_plan_may_choose_segments_and_counts_their_bytes():
+    """Equal in loss to the finest code and cheaper: taken under either limit, and paid for in tables and scales."""
+    text = "2,8,9@64+2,3,8"
+    losses = {g: {"2,3,8": 1.0, "2,8,9": 0.1} for g in GROUPS} | {
+        "model.lm.0.down": {"2,3,8": 1.0, text: 0.1, "2,8,9": 0.1}
+    }
+    by_bits = plan(SPECS, KEPT, bits=3.0, losses=losses)
+    assert by_bits.layer("model.lm.0.down").code == text
+    assert by_bits.index_bits() <= 3.0
+    least = plan(SPECS, KEPT, bits=1.5, losses={g: {"2,3,8": 1.0} for g in GROUPS})
+    more = 128 * 64 * (4 - 1.5) / 8 + 2048 + 2 * 64  # the segment's codes and table of 2 KiB, and its scales
+    for spare, expected in ((more - 1, "2,3,8"), (more, text)):
+        one = {g: x if g == "model.lm.0.down" else {"2,3,8": 1.0} for g, x in losses.items()}
+        budget = real_bits(least)["total"].bytes + int(spare)
+        found = plan(SPECS, KEPT, budget_bytes=budget, losses=one)
+        assert found.layer("model.lm.0.down").code == expected
+        assert real_bits(found)["total"].bytes <= budget
 
 
 def test_real_bits_of_one_part_alone():

@@ -14,6 +14,8 @@ from toolchain.errors import InputDataError
 from toolchain.models.family import family_for
 from toolchain.modules import vq_modules
 from toolchain.quantize import quantize_checkpoint
+from toolchain.segmented import vq_layers
+from toolchain.vq.weights import Options
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,21 @@ def test_a_missing_tensor_is_refused(quantized, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputDataError, match=r"lacks 1 tensors .model\.visual\.blocks\.0\.mlp\.fc1\.codes"):
         load(folder)
+
+
+def test_a_checkpoint_with_segments_loads_as_any_other(tiny_qwen2_vl, tiny_manifest, tmp_path, inputs):
+    """Names, biases and tables are those of the plan; saved again, it is the same checkpoint."""
+    text = "2,6,8@64+2,4,8"
+    options = Options(rounds=1, lloyd_rounds=1, samples=500)
+    out = tmp_path / "q"
+    quantize_checkpoint(
+        tiny_qwen2_vl, read_manifest(tiny_manifest), out, bits=2.5, overrides=[("*.down_proj", text)], options=options
+    )
+    model = load(out)
+    assert {m.code for name, m in vq_layers(model).items() if name.endswith("down_proj")} == {text}
+    assert torch.equal(logits(model, inputs), logits(load_quantized(out), inputs))
+    model.save_pretrained(tmp_path / "again")
+    stored, again = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
+    assert set(stored) == set(again)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
+    assert any(".down_proj.segments.1.codes" in name for name in stored)

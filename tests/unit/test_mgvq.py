@@ -13,6 +13,7 @@ from toolchain.checkpoint import load_model, load_quantized
 from toolchain.models.family import family_for, read_config
 from toolchain.quantize import quantize_checkpoint
 from toolchain.recipe import PARTS
+from toolchain.segmented import vq_layers
 from toolchain.statistics import answer_scores
 from toolchain.vq.weights import Options
 
@@ -23,7 +24,17 @@ def quantized(model, manifest, out, method, **limits):
     return quantize_checkpoint(model, read_manifest(manifest), out, method=method, options=FAST, **limits)
 
 
-PARTLY = ("mgvq-mix", "mgvq-deal", "mgvq-overlap", "mgvq-drift-bias", "mgvq+fisher+descent", "mgvq+rounds", "mgvq+tune")
+PARTLY = (
+    "mgvq-mix",
+    "mgvq-deal",
+    "mgvq-overlap",
+    "mgvq-drift-bias",
+    "mgvq+fisher+descent",
+    "mgvq+rounds",
+    "mgvq+tune",
+    "mgvq+segments+caps",
+    "mgvq+fisher+caps",
+)
 
 
 @pytest.mark.parametrize("method", PARTLY)
@@ -66,6 +77,76 @@ def test_tuning_brings_the_answers_nearer(tiny_qwen2_vl, tiny_manifest, tmp_path
     tuned = json.loads((result.folder / "mended.json").read_text())["tune"]
     assert tuned["loss_after"] <= tuned["loss_before"]
     assert tuned["improved"] == (tuned["loss_after"] < tuned["loss_before"])
+
+
+def test_groups_are_cut_where_it_pays(tiny_qwen2_vl, tiny_manifest, tmp_path, monkeypatch):
+    """With every group worth a look the plan, the layers, what is stored and what is reported agree."""
+    monkeypatch.setattr("toolchain.dealing.LEAST_SPREAD", 1.0)
+    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+segments", bits=2.2)
+    found = json.loads((result.folder / "sensitivity.json").read_text())
+    groups = {layer.group for layer in result.plan.layers if layer.name.endswith("down_proj")}
+    assert groups <= set(found["units"])
+    assert set(found["segmented"]) == set(found["units"])
+    cut = [layer for layer in result.plan.layers if layer.segments]
+    assert cut, "no group of this model is worth cutting: the test says nothing"
+    assert result.plan.index_bits() <= 2.2
+    codes = {layer.name: layer.code for layer in result.layers}
+    for layer in cut:
+        assert codes[layer.name] == layer.code
+        assert layer.code in found["segmented"][layer.group]
+    model = load_quantized(result.folder)
+    assert {name: module.code for name, module in vq_layers(model).items() if "+" in str(module.code)} == {
+        layer.name: layer.code for layer in cut
+    }
+
+
+OVERRIDE = ("*.layers.0.mlp.down_proj", "2,8,9@64+2,3,8")
+
+
+@pytest.mark.parametrize("method", ["mgvq", "mgvq-drift-deal", "mgvq+descent"])
+def test_a_layer_is_cut_by_order(tiny_qwen2_vl, tiny_manifest, tmp_path, method):
+    """Its loudest columns come first, and it is nearer its original than in the coarser code alone."""
+    whole = quantized(
+        tiny_qwen2_vl, tiny_manifest, tmp_path / "w", method, bits=2.5, overrides=[(OVERRIDE[0], "2,3,8")]
+    )
+    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", method, bits=2.5, overrides=[OVERRIDE])
+    (name,) = [layer.name for layer in result.plan.layers if layer.segments]
+    errors = [{x.name: x.relative_error for x in one.layers}[name] for one in (whole, result)]
+    assert errors[1] < errors[0]
+    assert "orders.json" in {path.name for path in result.folder.iterdir()}
+
+
+def test_a_cut_layer_is_resumed_and_gives_the_same_bytes(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    settings = {"method": "mgvq", "bits": 2.5, "overrides": [OVERRIDE]}
+    whole = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "whole", **settings)
+    last = next(layer.name for layer in whole.plan.layers if layer.segments)
+
+    def stop(layer, done, total):
+        if layer.name == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "again", progress=stop, **settings)
+    again = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "again", resume="required", **settings)
+    for name in ("model.safetensors", "bitplan.json", "orders.json"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def test_rounds_and_tuning_take_segments(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+rounds+tune", bits=2.5, overrides=[OVERRIDE])
+    tuned = json.loads((result.folder / "mended.json").read_text())["tune"]
+    assert tuned["loss_after"] <= tuned["loss_before"]
+
+
+def test_modalities_are_reported_for_every_group(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq", bits=2.5)
+    found = json.loads((result.folder / "sensitivity.json").read_text())
+    parts = {layer.group: layer.part for layer in result.plan.layers if not layer.tied_to}
+    for group, losses in found["modal"].items():
+        expected = {"language": {"text", "image"}, "embedding": {"text"}}.get(parts[group], {"image"})
+        assert set(losses) == expected, group
+        if len(losses) == 1:
+            assert losses[expected.pop()]["fisher"] == pytest.approx(found["fisher"][group], rel=1e-6)
 
 
 def test_recipe_parts_are_all_tried_above():

@@ -178,3 +178,34 @@ def test_a_layer_that_no_input_reaches_is_refused(case):
         collect_pairs(model, None, case.inputs, [spec], {"unused": [torch.ones(1)] * 3})
     with pytest.raises(InputDataError, match="layer unused: a calibration input does not reach it"):
         survey_inputs(model, case.inputs, [spec])
+
+
+def test_capped_surveys_count_a_sink_as_its_neighbours(case):
+    """One token made a thousand times as loud weighs on masses and energies like the loudest ordinary token."""
+    name = case.spec("layers.1.self_attn.v_proj").name
+
+    def hook(_, arguments):
+        x = arguments[0].clone()
+        x[0, 0] *= 1_000
+        return (x,)
+
+    handle = case.full.get_submodule(name.replace("v_proj", "q_proj")).register_forward_pre_hook(hook)
+    try:
+        plain = survey_inputs(case.full, case.inputs, case.specs)
+        capped = survey_inputs(case.full, case.inputs, case.specs, norm_quantile=0.9)
+    finally:
+        handle.remove()
+    group = case.spec("layers.1.self_attn.v_proj").group
+    norms = torch.cat(capped.norms[group])
+    masses = torch.cat(capped.masses[group])
+    assert float(masses.sum()) == pytest.approx(1, abs=1e-5)
+    loud = norms.argmax()
+    assert float(masses[loud]) < 1e-3 * float(torch.cat(plain.masses[group])[loud])
+    ordinary = float(norms.kthvalue(int(0.9 * len(norms))).values)
+    assert float(capped.energies[group].sum()) < 2 * ordinary < float(plain.energies[group].sum())
+    found = capped.capped(plain.masses, 0.9)[group]
+    torch.testing.assert_close(torch.cat(found), masses)
+
+
+def test_surveys_without_a_cap_keep_no_norms(case):
+    assert case.survey.norms == {}

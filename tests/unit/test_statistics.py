@@ -290,3 +290,24 @@ def test_a_layer_that_no_loss_reaches_is_refused(case):
     spec = LayerSpec("unused", "vision", "linear", 4, 4, "unused", 0)
     with pytest.raises(InputDataError, match="layer unused: the loss of 0 of 3 calibration inputs reaches it"):
         collect_loss_statistics(model, case.inputs, [case.spec("layers.1.mlp.down_proj"), spec])
+
+
+@pytest.mark.parametrize("ending", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
+def test_probes_tell_modalities_and_columns_apart(case, ending):
+    """⟨G, E⟩ is the sum of what text and picture tokens give, and of what the columns give."""
+    spec = next(one for one in case.linears if one.name.endswith(ending) and one.part == "language")
+    (probe, *_) = case.collect([spec], held_out=range(3)).probes[spec.name]
+    assert torch.equal(probe.is_image, case.inputs[0].is_image)
+    error = torch.randn(spec.rows, spec.columns, generator=torch.Generator().manual_seed(0))
+    whole = probe.product(error)
+    parts = [probe.of_tokens(marks).product(error) for marks in (probe.is_image, ~probe.is_image)]
+    assert sum(parts) == pytest.approx(whole, rel=1e-4, abs=1e-7)
+    columns = probe.by_column(error)
+    assert columns.shape == (spec.columns,)
+    error[:, 5:] = 0
+    assert float(columns[:5].sum()) == pytest.approx(probe.product(error), rel=1e-4, abs=1e-7)
+
+
+def test_probes_outside_the_decoder_are_of_one_kind(case):
+    spec = next(one for one in case.linears if one.part == "vision" and one.kind == "linear")
+    assert case.collect([spec], held_out=[0]).probes[spec.name][0].is_image is None

@@ -5,6 +5,8 @@ With E = Ŵ − W, the loss changes by about ⟨G, E⟩ + ½ tr(S_o E S_i Eᵀ),
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,24 @@ def token_masses(gradient_norms: Tensor, is_image: Tensor | None, power: float =
     for kind, share in zip(kinds, shares):
         masses[kind] = share * (weights[kind] / weights[kind].sum())
     return masses
+
+
+def capped_masses(masses: Tensor, norms: Tensor, quantile: float) -> Tensor:
+    """float32[N] of the same sum: tokens louder than the quantile count in S_i as if they were as loud as it.
+
+    ω_t ← ω_t · min(1, q / ‖x_t‖²): an attention sink, hundreds of times as loud as any other token, else makes most of
+    S_i by itself (mgvq-algorithm 8).
+
+    Args:
+        masses: float32[N], ω, not negative.
+        norms: float32[N], ‖x_t‖².
+        quantile: of the norms, above 0 and at most 1; 1 changes nothing.
+    """
+    place = max(1, math.ceil(quantile * len(norms)))
+    limit = norms.kthvalue(place).values
+    capped = masses * torch.where(norms > limit, limit / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+    total = capped.sum()
+    return capped * (masses.sum() / total) if total > 0 else masses
 
 
 def kronecker_scale(gradients: Tensor, row_factor: Tensor, column_factor: Tensor, tokens: float = 1.0) -> float:

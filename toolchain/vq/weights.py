@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.errors import NumericGateError, ShapeError, UnsupportedError
-from toolchain.values import PLAIN_CODE_NAMES, VQCode
+from toolchain.errors import NumericGateError, ShapeError, UnsupportedError, UsageError
+from toolchain.values import PLAIN_CODE_NAMES, VQCode, format_text
 from toolchain.vq import format as vq_format
+
+# How what text and pictures lose is put together where bits are planned (`sensitivity.Sensitivity.totals`).
+AVERAGE, WORST = "average", "worst"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Options:
     samples: int = 16_384
     batch_columns: int = 128
     token_power: float = 0.5  # of the gradient norm in a token's mass, where a recipe weighs tokens by gradients
+    norm_quantile: float = 0.999  # of token norms, above which a token's mass falls, where a recipe caps them
+    modalities: str = AVERAGE  # or WORST
+
+    def __post_init__(self) -> None:
+        if self.modalities not in (AVERAGE, WORST):
+            raise UsageError(f"option modalities: expected {AVERAGE} or {WORST}, found {self.modalities!r}")
+        if not 0 < self.norm_quantile <= 1:
+            raise UsageError(f"option norm_quantile: expected above 0 and at most 1, found {self.norm_quantile}")
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,58 @@ class VQWeights:
 
 
 @dataclass(frozen=True)
+class SegmentedWeights:
+    """One matrix in K-segments: neighbouring columns, first to last, each stored in a code of its own."""
+
+    segments: tuple[VQWeights, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.segments[0].rows
+
+    @property
+    def columns(self) -> int:
+        return sum(segment.columns for segment in self.segments)
+
+    @property
+    def code(self) -> str:
+        """The format's text (`values.parse_format`)."""
+        return format_text([(segment.columns, str(segment.code)) for segment in self.segments])
+
+    def decode(self) -> Tensor:
+        """Ŵ float32[rows, columns], segment beside segment."""
+        return torch.cat([segment.decode() for segment in self.segments], dim=1)
+
+
+@dataclass(frozen=True)
 class VQGroup:
     """Layers that share code and table. `errors` are tr(E H Eᵀ) and `references` tr(W H Wᵀ), one float a layer."""
 
     layers: tuple[VQWeights, ...]
     errors: tuple[float, ...]
     references: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """tr(E H Eᵀ) summed over the group."""
+        return sum(self.errors)
+
+
+StoredWeights = VQWeights | SegmentedWeights
+
+
+@dataclass(frozen=True)
+class SegmentedGroup:
+    """Layers in the same K-segments, which share code and table of each; `errors` and `references` as of `VQGroup`.
+
+    `losses` are tr(E_s' S_s E_s'ᵀ), one float a segment: what it loses after those before it were answered for, in the
+    damped moment S (equation 15). They add up to tr(E S Eᵀ).
+    """
+
+    layers: tuple[SegmentedWeights, ...]
+    errors: tuple[float, ...]
+    references: tuple[float, ...]
+    losses: tuple[float, ...]
 
     @property
     def loss(self) -> float:

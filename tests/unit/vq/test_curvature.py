@@ -12,6 +12,7 @@ from toolchain.errors import NumericGateError
 from toolchain.vq import curvature
 from toolchain.vq.curvature import (
     LEAST_SHARE,
+    capped_masses,
     damp,
     half_iteration,
     kronecker_scale,
@@ -191,3 +192,32 @@ def test_quadratic_without_row_factor_is_that_of_the_identity():
     generator = torch.Generator().manual_seed(6)
     error, columns = torch.randn(5, 8, generator=generator), random_moment(8, generator)
     assert quadratic(error, None, columns) == pytest.approx(quadratic(error, torch.eye(5), columns), rel=1e-6)
+
+
+def test_caps_by_hand():
+    masses, norms = torch.tensor([0.25, 0.25, 0.25, 0.25]), torch.tensor([1.0, 2.0, 1.0, 200.0])
+    # The third quarter of the norms is 2: the sink counts a hundredth of itself, and the sum stays.
+    capped = torch.tensor([1.0, 1.0, 1.0, 0.01]) / 3.01
+    torch.testing.assert_close(capped_masses(masses, norms, 0.75), capped)
+    torch.testing.assert_close(capped_masses(2 * masses, 5 * norms, 0.75), 2 * capped)
+
+
+def test_no_token_outweighs_the_loudest_ordinary_one():
+    generator = torch.Generator().manual_seed(0)
+    norms = torch.rand(1_000, generator=generator) + 0.5
+    norms[17] = 1e5
+    masses = torch.rand(1_000, generator=generator)
+    found = capped_masses(masses, norms, 0.999)
+    assert float(found.sum()) == pytest.approx(float(masses.sum()), rel=1e-5)
+    contributions = found / masses * norms
+    assert int(contributions.argmax()) in (17, int(norms[norms < 2].argmax())) or contributions[17] < 2
+    assert float(contributions[17]) < 2
+    ordinary = torch.arange(1_000) != 17
+    ratios = (found / masses)[ordinary]
+    torch.testing.assert_close(ratios, ratios[:1].expand(999))
+
+
+def test_a_quantile_of_1_and_silent_tokens_change_nothing():
+    masses, norms = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 9.0, 3.0])
+    assert torch.equal(capped_masses(masses, norms, 1.0), masses)
+    assert torch.equal(capped_masses(masses, torch.zeros(3), 0.5), masses)

@@ -1,0 +1,200 @@
+"""How MGVQ codes one group: for the inputs that a quantized prefix gives, against what full precision would put out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from toolchain.calibration import CalibrationInput, tied_moment
+from toolchain.dry_runs import expected_loss
+from toolchain.mending import ROWS_UP_TO
+from toolchain.models.family import Config, Family
+from toolchain.moments import Masses, collect_pairs
+from toolchain.recipe import Recipe
+from toolchain.sequence import Solved, planned_code
+from toolchain.statistics import LossStatistics, collect_loss_statistics
+from toolchain.values import BitPlan, LayerSpec, VQCode, parse_format
+from toolchain.vq.curvature import damp
+from toolchain.vq.descent import Descent
+from toolchain.vq.drift import PairMoments, gated_shift
+from toolchain.vq.factor import factor_moment
+from toolchain.vq.refit_cg import refine
+from toolchain.vq.scales import rms_scales
+from toolchain.vq.segments import Coder, quantize_segments
+from toolchain.vq.solve import quantize_group, solve_problem
+from toolchain.vq.weights import Options, SegmentedGroup, StoredWeights, VQGroup, pack_group, stack_group
+
+ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
+HELD_OUT = 4  # every so many-th sample weighs the groups and gates what the others fitted
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to quantize and how. `model` is full precision and is given up: the result is made in it."""
+
+    model: nn.Module
+    family: Family
+    config: Config
+    specs: tuple[LayerSpec, ...]
+    inputs: list[CalibrationInput]
+    bits: float | None
+    budget_bytes: int | None
+    overrides: tuple[tuple[str, str], ...]
+    options: Options
+    seed: int
+    kept_dtype: torch.dtype  # what stays in 16 bits is stored in it
+
+
+def held_out_samples(inputs: Sequence[CalibrationInput]) -> range:
+    """Every HELD_OUT-th sample; all of them where there are fewer."""
+    return range(len(inputs)) if len(inputs) < HELD_OUT else range(1, len(inputs), HELD_OUT)
+
+
+def row_weights_of(spec: LayerSpec, weight: Tensor) -> Tensor:
+    """float32[m]: what an error in each row counts. An embedding's rows are normalised after they are read: what
+    counts is the error relative to the row, and a rare token's loud row must not take the bits of a common one's.
+    """
+    if spec.kind != "embedding":
+        return torch.ones(len(weight), device=weight.device)
+    squares = rms_scales(weight, weight.shape[1]).square()
+    return torch.where(squares > 0, squares.mean() / squares.clamp_min(1e-12), 0.0)
+
+
+def forked(generator: torch.Generator) -> torch.Generator:
+    """A generator that draws what the given one would, and leaves it as it is."""
+    fork = torch.Generator(generator.device)
+    fork.set_state(generator.get_state())
+    return fork
+
+
+class DriftSolver:
+    """Codes groups for the inputs that the quantized prefix gives, against what full precision would have put out."""
+
+    def __init__(self, job: Job, recipe: Recipe, plan: BitPlan, full: nn.Module, masses: Masses) -> None:
+        self.job, self.recipe, self.plan, self.full, self.masses = job, recipe, plan, full, masses
+        self.pairs: dict[str, PairMoments] = {}
+        self.statistics = LossStatistics()
+
+    def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
+        groups = {spec.group for spec in step}
+        asked = [spec for spec in self.job.specs if spec.group in groups and spec.kind != "embedding"]
+        full = self.full if self.recipe.drift else None
+        self.pairs = collect_pairs(model, full, self.job.inputs, asked, self.masses) if asked else {}
+        if self.recipe.descent and asked:
+            self.statistics = collect_loss_statistics(
+                self.full,
+                self.job.inputs,
+                asked,
+                held_out=held_out_samples(self.job.inputs),
+                rows_up_to=ROWS_UP_TO if self.recipe.fisher else 0,
+                draws=2,
+                seed=self.job.seed,
+            )
+
+    def solve(
+        self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
+    ) -> Solved:
+        spec, options = members[0], self.job.options
+        code = self.plan.layer(spec.name).code
+        pairs = self.pairs.get(spec.group)
+        if spec.kind == "embedding":
+            moment = torch.eye(spec.columns) if pairs is None else tied_moment(pairs.whole.moment)
+            rows = [row_weights_of(spec, weight) for weight in weights]
+            one = planned_code(self.plan, spec)
+            return Solved(quantize_group(weights, moment.to(weights[0]), one, options, generator, rows))
+        assert pairs is not None
+        moment = pairs.whole.moment / pairs.whole.mass
+        if not self.recipe.drift:
+            return Solved(self._coded(members, weights, moment, code, generator))
+        stacked = torch.cat(weights)
+        shift = gated_shift(stacked, pairs, self._expected_error(stacked, moment, code, generator))
+        targets = list((stacked + shift.value).split([len(w) for w in weights]))
+        group = self._coded(members, targets, moment, code, generator)
+        return Solved(group, self._biases(model, members, weights, group, pairs), shift.step)
+
+    def _coded(
+        self,
+        members: Sequence[LayerSpec],
+        targets: list[Tensor],
+        moment: Tensor,
+        code: str,
+        generator: torch.Generator,
+    ) -> VQGroup | SegmentedGroup:
+        """The sweep's codes, or descent's where they lose less by the gradients of samples it has not seen."""
+        options = self.job.options
+        segments = parse_format(code, members[0].columns)
+        if not self.recipe.descent:
+            if len(segments) > 1:
+                return quantize_segments(targets, moment, segments, options, generator)
+            return quantize_group(targets, moment, segments[0].code, options, generator)
+        groups: list[VQGroup | SegmentedGroup]
+        if len(segments) > 1:
+            coders: list[Coder] = [quantize_group, lambda *problem: self._descended(members, *problem)[1]]
+            groups = [
+                quantize_segments(targets, moment, segments, options, forked(generator), coder) for coder in coders
+            ]
+        else:
+            groups = [*self._descended(members, targets, moment, segments[0].code, options, generator)]
+        return min(groups, key=lambda group: self._held_out_loss(members, targets, group))
+
+    def _descended(
+        self,
+        members: Sequence[LayerSpec],
+        targets: list[Tensor],
+        moment: Tensor,
+        code: VQCode,
+        options: Options,
+        generator: torch.Generator,
+    ) -> tuple[VQGroup, VQGroup]:
+        """(the sweep's, descent's from there)."""
+        problem = stack_group(targets, moment, code, searches_paths=True)
+        swept = solve_problem(problem, code, options, generator)
+        damped = factor_moment(problem.moment, problem.columns, code.vector, options.damping).damped
+        refined = refine(problem, swept, code, damped, self._row_factors(members), Descent(sweeps=2), rounds=1)
+        first, second = (pack_group(problem, x.indices, x.table, x.scales, code) for x in (swept, refined))
+        return first, second
+
+    def _row_factors(self, members: Sequence[LayerSpec]) -> list[Tensor] | None:
+        rows = self.statistics.rows
+        if not any(spec.name in rows for spec in members):
+            return None
+        return [damp(rows.get(spec.name, torch.eye(spec.rows)), ROW_DAMPING) for spec in members]
+
+    def _held_out_loss(
+        self, members: Sequence[LayerSpec], targets: Sequence[Tensor], group: VQGroup | SegmentedGroup
+    ) -> float:
+        """E_b⟨G_b, E⟩² over the probes: the gate between a descent that helps and one that fits (equation 16)."""
+        layers: tuple[StoredWeights, ...] = group.layers
+        products = [
+            [probe.product(target - stored.decode().to(target)) for probe in self.statistics.probes[spec.name]]
+            for spec, target, stored in zip(members, targets, layers)
+        ]
+        return float(torch.tensor(products, dtype=torch.float64).sum(dim=0).square().mean())
+
+    def _expected_error(self, weight: Tensor, moment: Tensor, code: str, generator: torch.Generator) -> float:
+        """tr(E H Eᵀ) that coding without a shift would leave, from a dry run in the code's stand-in."""
+        return expected_loss(weight, moment, code, self.job.options, forked(generator))
+
+    def _biases(
+        self,
+        model: nn.Module,
+        members: Sequence[LayerSpec],
+        weights: Sequence[Tensor],
+        group: VQGroup | SegmentedGroup,
+        pairs: PairMoments,
+    ) -> dict[str, Tensor]:
+        """b + E[W x_f − Ŵ x_q] of the layers that have a bias (mgvq-algorithm 4.6)."""
+        if not self.recipe.bias:
+            return {}
+        full_mean, mean = (m / pairs.whole.mass for m in (pairs.whole.full_mean, pairs.whole.mean))
+        found = {}
+        layers: tuple[StoredWeights, ...] = group.layers
+        for spec, weight, stored in zip(members, weights, layers):
+            bias = getattr(model.get_submodule(spec.name), "bias", None)
+            if bias is not None:
+                corrected = bias.detach().float() + weight @ full_mean - stored.decode().to(weight) @ mean
+                found[spec.name] = corrected.to(self.job.kept_dtype).float()
+        return found
