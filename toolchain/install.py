@@ -11,6 +11,7 @@ from torch import nn
 
 from toolchain.errors import InputDataError, ShapeError
 from toolchain.modules import VQModule, VQTables, replacement_for, vq_modules
+from toolchain.segmented import VQSegmentedLinear, segmented_replacement
 from toolchain.values import BitPlan, LayerPlan
 
 TABLES = "mgvq_tables"
@@ -36,7 +37,7 @@ def layers_from_json(layers: Mapping[str, Mapping[str, Any]]) -> tuple[LayerPlan
     return tuple(LayerPlan(name=name, **entry) for name, entry in layers.items())
 
 
-def install_layer(model: nn.Module, layer: LayerPlan) -> VQModule:
+def install_layer(model: nn.Module, layer: LayerPlan) -> VQModule | VQSegmentedLinear:
     """Put an empty quantized module in the place of a dense one and give it back; ties are made by `link_shared`."""
     try:
         dense = model.get_submodule(layer.name)
@@ -45,8 +46,12 @@ def install_layer(model: nn.Module, layer: LayerPlan) -> VQModule:
             f"layer {layer.name} of the quantization_config: the model has no such module; "
             "check that config.json belongs to these weights"
         ) from None
+    module: VQModule | VQSegmentedLinear
     try:
-        module = replacement_for(dense, layer.kind, layer.vq_code, layer.rows, layer.columns, layer.table)
+        if layer.segments:
+            module = segmented_replacement(dense, layer)
+        else:
+            module = replacement_for(dense, layer.kind, layer.vq_code, layer.rows, layer.columns, layer.table)
     except ShapeError as error:
         raise ShapeError(f"layer {layer.name}: {error}") from None
     model.set_submodule(layer.name, module)
@@ -63,7 +68,7 @@ def install_layers(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
 
 def install_tables(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
     """Register `mgvq_tables` on the model's root: one buffer a table id, empty."""
-    codes = {layer.table: layer.vq_code for layer in layers}
+    codes = {piece.table: piece.vq_code for layer in layers for piece in layer.pieces}
     device = next(iter(vq_modules(model).values())).codes.device
     model.register_module(TABLES, VQTables(codes, device))
 
@@ -72,8 +77,8 @@ def link_shared(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
     """Hand every module its table, tie tied modules, and tell the library there is no dense weight left to tie."""
     modules = vq_modules(model)
     tables = model.get_submodule(TABLES)
-    for layer in layers:
-        modules[layer.name].table = tables.get_buffer(layer.table)
+    for piece in (piece for layer in layers for piece in layer.pieces):
+        modules[piece.name].table = tables.get_buffer(piece.table)
     for layer in layers:
         if layer.tied_to:
             modules[layer.name].tie_to(modules[layer.tied_to])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from toolchain.board_kit import carry_libraries, kit_summary, write_kit
 from toolchain.bundle import Bundle, write_bundle
 from toolchain.calibration import read_manifest, samples_hash
 from toolchain.config import Settings
@@ -24,7 +26,7 @@ from toolchain.report import write_report
 from toolchain.report.data import report_data
 from toolchain.runfolder import RunFolder, StageResult
 from toolchain.target import Target, load_target
-from toolchain.values import Sample, sha256_file, write_json
+from toolchain.values import BitPlan, Sample, sha256_file, write_json
 
 PROCESSOR = "60-processor"
 
@@ -219,10 +221,8 @@ def _export_stage(checked: Checked, run: RunFolder, reporter: Reporter, quantize
 def _rewrite_stage(checked: Checked, run: RunFolder, reporter: Reporter, exported: StageResult) -> StageResult:
     from toolchain.graph.pipeline import RewriteOptions, device_form, portable_form
 
-    config, source, workload = checked.checkpoint.config, checked.settings.model, checked.plan.memory.workload
-    settings = checked.family.host_settings(config, source)
-    settings = limited_settings(settings, workload.max_pixels, workload.context_tokens)
-    profiles = checked.family.profiles(config, source, settings)
+    config, source = checked.checkpoint.config, checked.settings.model
+    profiles = checked.family.profiles(config, source, _host_settings(checked))
     block = checked.target.largest_block_default_bytes
     options = RewriteOptions.for_profiles(profiles, block_bytes=block)
 
@@ -272,15 +272,19 @@ def _bundle(checked: Checked, run: RunFolder, reporter: Reporter) -> Path:
     reporter.stage("bundle")
     write_processor(checked, run.folder / "stages" / PROCESSOR)
     bundle = bundle_from_run(run.folder, run.folder / "bundle")
-    reporter.done(f"{len(bundle.files)} files, {bundle.bytes / 2**20:.1f} MiB: {bundle.folder}")
+    kit = kit_summary(bundle.files)
+    reporter.done(f"{len(bundle.files)} files, {bundle.bytes / 2**20:.1f} MiB: {bundle.folder}; {kit}")
     return bundle.folder
 
 
-def bundle_from_run(run: Path, out: Path) -> Bundle:
-    """A bundle at `out` from the stages of a finished run; the same stages give the same bytes.
+def bundle_from_run(run: Path, out: Path, libraries: Mapping[Path, Mapping[str, Any]] | None = None) -> Bundle:
+    """A bundle at `out` from the stages of a finished run; the same stages and package give the same bytes.
+
+    Args:
+        libraries: plugin libraries that are built already: file → {"machine", "sm": [...], "tensorrt"}.
 
     Raises:
-        InputDataError: a stage is missing; it names the folder.
+        InputDataError: a stage or a library is missing; it names the folder.
         UsageError: `out` is in use by something that is no bundle.
     """
     stages = run / "stages"
@@ -299,20 +303,34 @@ def bundle_from_run(run: Path, out: Path) -> Bundle:
                 f"run {run}: {piece} is missing, which the bundle needs for {name}; finish the run first"
             )
     keys = {name: read_json(stages / f"{name}.json")["key"] for name in ("20-quantize", "40-rewrite", "50-validate")}
-    return write_bundle(
-        pieces, out, target=read_json(stages / "10-plan" / "target.json"), created_from={"stages": keys}
-    )
+    target, memory = (read_json(pieces[name]) for name in ("target.json", "memory.json"))
+    plan = BitPlan.from_json(read_json(pieces["bitplan.json"]))
+    with tempfile.TemporaryDirectory(prefix="mgvq-kit-") as scratch:
+        pieces |= write_kit(Path(scratch), plan, target, memory)
+        pieces |= carry_libraries(libraries or {}, Path(scratch))
+        return write_bundle(pieces, out, target=target, created_from={"stages": keys})
 
 
 def write_processor(checked: Checked, folder: Path) -> Path:
-    """tokenizer.json, chat_template.jinja and host.json (with the engine profiles) in `folder`; the folder."""
+    """tokenizer.json, chat_template.jinja and host.json (with the engine profiles) in `folder`; the folder.
+
+    Pictures and context are limited to what the memory plan counted, as the rewritten graphs are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source, config = checked.settings.model, checked.checkpoint.config
     (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     (folder / "chat_template.jinja").write_text(chat_template(source), encoding="utf-8")
-    settings = checked.family.host_settings(config, source)
-    write_json(folder / "host.json", settings | {"profiles": {"graphs": checked.family.profiles(config, source)}})
+    settings = _host_settings(checked)
+    profiles = checked.family.profiles(config, source, settings)
+    write_json(folder / "host.json", settings | {"profiles": {"graphs": profiles}})
     return folder
+
+
+def _host_settings(checked: Checked) -> dict[str, Any]:
+    """host.json's content, limited to the pictures and the context that the memory plan counted."""
+    workload = checked.plan.memory.workload
+    settings = checked.family.host_settings(checked.checkpoint.config, checked.settings.model)
+    return limited_settings(settings, workload.max_pixels, workload.context_tokens)
 
 
 def _note(result: StageResult) -> str:

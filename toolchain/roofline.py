@@ -120,4 +120,4 @@ def vision_weight_bytes(plan: BitPlan, geometry: ModelGeometry) -> int:
 
 def _read_bytes(layer: LayerPlan) -> int:
     """Codes and scales a layer reads; a tied layer reads those of the other name."""
-    return layer.vq_code.codes_bytes(layer.rows, layer.columns) + 2 * layer.rows
+    return sum(piece.vq_code.codes_bytes(piece.rows, piece.columns) + 2 * piece.rows for piece in layer.pieces)

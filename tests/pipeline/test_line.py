@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from toolchain.cli import main
@@ -164,6 +166,87 @@ def test_a_wrong_table_fails_the_gate_and_is_named(finished, tiny_qwen2_vl, tiny
     assert not (tmp_path / "validated").exists()
 
 
+def test_streamed_answers_and_equal_seeds(finished, tiny_manifest, capsys):
+    command = [
+        "run",
+        str(finished / "bundle"),
+        "--image",
+        str(tiny_manifest.parent / "0.png"),
+        "--prompt",
+        "Read row 1.",
+    ]
+    command += ["--max-new-tokens", "8"]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert main([*command, "--stream"]) == 0
+    assert capsys.readouterr().out == plain
+    drawn = []
+    for seed in (1, 1, 2, 3):
+        assert main([*command, "--temperature", "3", "--seed", str(seed)]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+
+
+def test_a_chat_keeps_the_conversation_and_what_is_computed(finished, tiny_manifest, capsys, monkeypatch):
+    lines = (
+        f"/image '{tiny_manifest.parent / '0.png'}'\nRead row 1.\nRead row 2.\n/reset\nRead row 1.\n/exit\nno more\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", str(finished / "bundle"), "--max-new-tokens", "4", "--format", "json"]) == 0
+    decoder, replies = json.JSONDecoder(), []
+    text = capsys.readouterr().out.strip()
+    while text:
+        reply, end = decoder.raw_decode(text)
+        replies.append(reply)
+        text = text[end:].strip()
+    first, second, third = replies
+    assert first["picture_tokens"] > 0
+    assert first["reused_tokens"] == 0
+    assert second["reused_tokens"] >= first["prompt_tokens"]
+    assert second["picture_tokens"] == first["picture_tokens"]
+    assert third["picture_tokens"] == 0
+    assert third["prompt_tokens"] < first["prompt_tokens"]
+
+
+def test_a_chat_that_is_piped_ends_with_the_refusals_code(finished, capsys, monkeypatch):
+    for lines, code, words in (
+        ("/image gone.png\n", 7, "gone.png does not exist"),
+        ("/picture x.png\n", 2, "/picture is no command here"),
+        ("word " * 2000 + "\n", 5, "exceed the context of 1024 planned for orin-nx-16gb"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert main(["chat", str(finished / "bundle")]) == code
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--seed", "3"], 2, "no effect at temperature 0"),
+        (["--engines", "e"], 2, "--engines has no effect with --backend ort"),
+        (["--backend", "tensorrt"], 2, "needs --engines"),
+        (["--backend", "tensorrt", "--engines", "e", "--provider", "cuda"], 2, "--provider has no effect"),
+        (["--stream", "--format", "json"], 2, "--stream has no effect with --format json"),
+        (["--max-new-tokens", "9999"], 5, "up to 9999 new ones exceed the context of 1024 planned for orin-nx-16gb"),
+    ],
+)
+def test_questions_that_cannot_be_answered_are_refused(finished, capsys, flags, code, words):
+    assert main(["run", str(finished / "bundle"), "--prompt", "?", *flags]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_the_bundle_says_what_a_person_at_the_board_types(finished):
+    bundle = finished / "bundle"
+    text = (bundle / "README.md").read_text()
+    assert "NVIDIA Jetson Orin NX 16GB" in text
+    wheel = next((bundle / "wheel").iterdir()).name
+    assert f"pip install --no-deps wheel/{wheel}" in text
+    profiles = json.loads((bundle / "processor" / "host.json").read_text())["profiles"]["graphs"]
+    context = json.loads((bundle / "memory.json").read_text())["workload"]["context_tokens"]
+    assert profiles["embed"]["input_ids"][-1] == [1, min(context, 1024)], "the plan's context, or the checkpoint's"
+
+
 @pytest.mark.rtx
 def test_the_bundle_builds_with_tensorrt_for_rtx(finished, tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -172,4 +255,27 @@ def test_the_bundle_builds_with_tensorrt_for_rtx(finished, tmp_path, capsys):
     for engine in found["engines"]:
         assert (tmp_path / "engines" / engine["file"]).stat().st_size == engine["bytes"]
         assert engine["dense_bytes"] > 0
-    assert {e["graph"] for e in found["engines"]} == {"vision", "embed", "decoder"}
+    assert {e["graph"]: e["profiles"] for e in found["engines"]} == {"vision": 1, "embed": 1, "decoder": 2}
+    record = json.loads((tmp_path / "engines" / "build.json").read_text())
+    assert record["bundle"] == json.loads((finished / "bundle" / "manifest.json").read_text())["manifest_sha256"]
+
+
+@pytest.mark.rtx
+def test_engines_without_a_device_are_refused(finished, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    command = [
+        "run",
+        str(finished / "bundle"),
+        "--prompt",
+        "?",
+        "--backend",
+        "tensorrt_rtx",
+        "--engines",
+        str(tmp_path),
+    ]
+    assert main(command) == 6
+    error = capsys.readouterr().err
+    assert "CUDA" in error
+    assert "Traceback" not in error

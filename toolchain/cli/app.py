@@ -33,6 +33,6 @@ def options(
     """Quantize a vision-language model to about 2 bits a weight and take it to a Jetson, checked at every step."""
 
 
-from toolchain.cli import bench, board, kernels, line, look, research, stages  # noqa: E402 - they register their verbs on `app`
+from toolchain.cli import bench, board, kernels, line, look, profile, research, stages  # noqa: E402 - they register on `app`
 
-__all__ = ["app", "bench", "board", "kernels", "line", "look", "research", "stages"]
+__all__ = ["app", "bench", "board", "kernels", "line", "look", "profile", "research", "stages"]

@@ -1,19 +1,52 @@
-"""Verbs on a bundle: build engines, run it on a picture."""
+"""Verbs on a bundle: build engines, ask one question, hold a conversation; the same on a board and off it."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import Format, FormatOption, Progress, Provider, ProviderOption, emit, size, table
-from toolchain.errors import UsageError
+from toolchain.errors import MgvqError, UsageError
 
+if TYPE_CHECKING:
+    from toolchain.device.chat import Conversation, Reply
+    from toolchain.device.engine import BuildReport
+    from toolchain.device.sampling import Sampler
+
+
+class Answering(str, Enum):
+    ort = "ort"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
+
+
+HOST_HELP = "Build on this board over ssh, such as user@board, and bring the engines back."
+SSH_HELP = "Configuration file for ssh (ssh -F), with --host."
+REMOTE_HELP = "An mgvq that is installed on the board already, with --host; without it the bundle's own wheel is used."
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, as mgvq bundle or mgvq all writes it.")]
+AnsweringOption = Annotated[
+    Answering, typer.Option("--backend", help="ort (onnxruntime, anywhere), or engines that mgvq build made.")
+]
+EnginesOption = Annotated[
+    Path | None, typer.Option("--engines", help="Folder that mgvq build wrote; needed by all backends but ort.")
+]
+ImageOption = Annotated[
+    list[Path] | None, typer.Option("--image", help="A picture the question is about; may be given more than once.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the most probable token; above, tokens are drawn.")]
+TopKOption = Annotated[int, typer.Option(help="Draw from this many of the most probable tokens; 0 for all.")]
+TopPOption = Annotated[float, typer.Option(help="Draw from the fewest tokens that have this share together.")]
+SeedOption = Annotated[int, typer.Option(help="Equal seeds draw equal tokens.")]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 
 
 @app.command()
@@ -31,69 +64,260 @@ def build(
             help="Build dense twins too, to compare sizes; tensorrt_rtx only, on by default there.",
         ),
     ] = None,
-    plugin: Annotated[Path | None, typer.Option(help="The plugin library, for tensorrt.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="The plugin library, for tensorrt; the bundle's, or compiled here, if left out.")
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="The builder's optimization level; lower takes less memory.")
+    ] = None,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Build although the memory plan says that it will not fit.")
+    ] = False,
+    host: Annotated[str | None, typer.Option(help=HOST_HELP)] = None,
+    python: Annotated[str | None, typer.Option(help="Python on the board, with --host (python3 when absent).")] = None,
+    remote_mgvq: Annotated[str | None, typer.Option(help=REMOTE_HELP)] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help=SSH_HELP)] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Build engines from a bundle's graphs. Exit 6 when the builder is not here."""
-    import tempfile
-
+    """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
     from toolchain.bundle import open_bundle
-    from toolchain.device.engine import build_engines, load_backend
+    from toolchain.device.backends import backend_named
+    from toolchain.device.engine import BuildOptions, build_engines
 
+    backend_named(backend)
     if dense and backend != "tensorrt_rtx":
         raise UsageError("--dense has no effect with --backend tensorrt; leave it out")
-    load_backend(backend)
+    if host is not None:
+        # Twins need onnx, which a board does without: they are built there only if asked for.
+        twins = {True: {"--dense": True}, False: {"--no-dense": True}, None: {}}[dense]
+        twins = twins or ({"--no-dense": True} if backend == "tensorrt_rtx" else {})
+        flags = {"--backend": backend, "--sm": sm, "--level": level, "--ignore-memory": ignore_memory, **twins}
+        _build_there(host, bundle, output, flags | {"--format": form.value}, plugin, (python, remote_mgvq, ssh_config))
+        return
+    refuse_idle(python=python, remote_mgvq=remote_mgvq, ssh_config=ssh_config)
     opened = open_bundle(bundle)
     progress = Progress()
     progress.stage(f"build      {bundle} with {backend}")
-    with tempfile.TemporaryDirectory(prefix="mgvq-dense-") as scratch:
-        twins = _dense_twins(opened, Path(scratch)) if backend == "tensorrt_rtx" and dense is not False else None
+    with _dense_twins(opened, backend == "tensorrt_rtx" and dense is not False) as twins:
         report = build_engines(
-            opened, output, backend, sm=sm, dense=twins, plugin_library=plugin,
+            opened, output, backend, BuildOptions(sm, plugin, level, ignore_memory, twins),
             progress=lambda graph, phase, done, total: progress.step(done, total, f"{graph}: {phase}"),
+            say=lambda what: progress.stage(f"  {what}"),
         )  # fmt: skip
+    emit(report.to_json(), _build_text(report), form)
+
+
+def _build_text(report: BuildReport) -> str:
     rows = [
         {"graph": e.graph, "engine": size(e.bytes), "dense": size(e.dense_bytes) if e.dense_bytes else "not built",
          "ratio": f"{e.bytes / e.dense_bytes:.2f}" if e.dense_bytes else "", "layers": e.layers,
-         "seconds": f"{e.seconds:.1f}"}
+         "plugins": e.plugin_layers, "seconds": f"{e.seconds:.1f}"}
         for e in report.engines
     ]  # fmt: skip
     head = f"{report.backend} {report.builder_version}, SM {report.sm}\n"
-    emit(report.to_json(), head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "seconds"]), form)
+    warnings = "".join(f"\nwarning: {text}" for text in report.warnings)
+    return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + warnings
 
 
-def _dense_twins(opened, folder: Path) -> dict[str, Path]:
+def _build_there(
+    host: str,
+    bundle: Path,
+    output: Path,
+    flags: dict[str, Any],
+    plugin: Path | None,
+    remote: tuple[str | None, str | None, Path | None],
+) -> None:
+    """Run this verb on a board. Flags that are None or False are left out; `remote` is python, mgvq and ssh's file."""
+    from toolchain.device.remote import RemoteOptions, run_remote
+
+    python, mgvq, ssh_config = remote
+    options = RemoteOptions(python=python or "python3", mgvq=mgvq, ssh_config=ssh_config, progress=Progress().stage)
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    arguments = [text for name, value in given.items() for text in ([name] if value is True else [name, str(value)])]
+    inputs = {} if plugin is None else {"--plugin": plugin}
+    if code := run_remote(host, "build", bundle, output, arguments, inputs=inputs, options=options):
+        raise typer.Exit(code)
+
+
+def refuse_idle(**remote: Any) -> None:
+    """Refuse flags that have an effect with --host only."""
+    for name, value in remote.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect without --host; leave it out")
+
+
+@contextmanager
+def _dense_twins(opened, wanted: bool):
+    """Graph → dense twin, in a folder that goes afterwards; empty where none is wanted."""
+    import tempfile
+
+    if not wanted:
+        yield {}
+        return
     from toolchain.graph.dense import dense_graph
 
     names = opened.names_under("portable", ".onnx")
-    return {Path(name).stem: dense_graph(opened.path(name), folder / Path(name).name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="mgvq-dense-") as scratch:
+        yield {Path(name).stem: dense_graph(opened.path(name), Path(scratch) / Path(name).name) for name in names}
 
 
 @app.command()
 def run(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[Path | None, typer.Option(help="The picture it is about.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    image: ImageOption = None,
+    max_new_tokens: NewTokensOption = 64,
+    backend: AnsweringOption = Answering.ort,
+    engines: EnginesOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it appears.")] = False,
     provider: ProviderOption = Provider.cpu,
     form: FormatOption = Format.text,
 ) -> None:
-    """Answer a question about a picture with a bundle's portable graphs in onnxruntime."""
-    from toolchain.bundle import open_bundle
-    from toolchain.device.answer import greedy
-    from toolchain.device.families import host_from_folder
-    from toolchain.device.families.base import open_image
-    from toolchain.device.ort import ort_graphs
+    """Answer one question about pictures, with a bundle's portable graphs in onnxruntime or with built engines."""
+    if stream and form is Format.json:
+        raise UsageError("--stream has no effect with --format json; leave one of them out")
+    sampler = _sampler(temperature, top_k, top_p, seed)
+    pictures = _pictures(image or [])
+    conversation = _conversation(bundle, backend, engines, provider)
+    reply = conversation.ask(prompt, pictures, sampler, max_new_tokens, _printer if stream else None)
+    data = {"answer": reply.text, "tokens": len(reply.ids), "stopped": reply.stopped}
+    data |= {"seconds": round(reply.seconds, 3), **_facts(reply, backend, provider)}
+    emit(data, "" if stream else reply.text, form)
+    _say_if_cut(reply, max_new_tokens)
 
+
+@app.command()
+def chat(
+    bundle: BundleArgument,
+    image: ImageOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    backend: AnsweringOption = Answering.ort,
+    engines: EnginesOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print answers as they appear; on unless --format json.")
+    ] = None,
+    provider: ProviderOption = Provider.cpu,
+    form: FormatOption = Format.text,
+) -> None:
+    """Hold a conversation: a line is a question; /image PATH adds a picture to the next one, /reset, /help, /exit."""
+    if stream and form is Format.json:
+        raise UsageError("--stream has no effect with --format json; leave one of them out")
+    sampler = _sampler(temperature, top_k, top_p, seed)
+    pictures = _pictures(image or [])
+    conversation = _conversation(bundle, backend, engines, provider)
+    streamed = form is Format.text and stream is not False
+
+    def answer(text: str, about: list) -> None:
+        reply = conversation.ask(text, about, sampler, max_new_tokens, _printer if streamed else None)
+        data = {"answer": reply.text, "tokens": len(reply.ids), "stopped": reply.stopped}
+        emit(data | _facts(reply, backend, provider), "" if streamed else reply.text, form)
+        print(
+            f"  {reply.prompt_tokens} tokens of prompt, {reply.reused_tokens} held already; first token after "
+            f"{reply.first_token_seconds:.2f} s, {len(reply.ids)} in {reply.seconds:.2f} s",
+            file=sys.stderr,
+        )
+        _say_if_cut(reply, max_new_tokens)
+
+    _converse(conversation, answer, pictures)
+
+
+HELP = "/image PATH adds a picture to the next question; /reset starts over; /exit or end of input leaves"
+
+
+def _converse(conversation: Conversation, answer: Callable[[str, list], None], pictures: list) -> None:
+    """Read lines until the end. On a terminal a refusal is printed and the conversation goes on; else it ends it."""
+    waiting, live = list(pictures), sys.stdin.isatty()
+    if live:
+        print(HELP, file=sys.stderr)
+    while True:
+        print("> " if live else "", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        word, _, rest = line.strip().partition(" ")
+        try:
+            if word == "/exit":
+                return
+            if word == "/help":
+                print(HELP, file=sys.stderr)
+            elif word == "/reset":
+                conversation.reset()
+                waiting = []
+            elif word == "/image":
+                waiting += _pictures([Path(path) for path in shlex.split(rest)])
+            elif word.startswith("/"):
+                raise UsageError(f"{word} is no command here; {HELP}")
+            elif word:
+                answer(line.strip(), waiting)
+                waiting = []
+        except MgvqError as error:
+            if not live:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _conversation(bundle: Path, backend: Answering, engines: Path | None, provider: Provider) -> Conversation:
+    """A conversation with a bundle on a backend; flags that have no effect there are refused."""
+    from toolchain.bundle import open_bundle
+    from toolchain.device.chat import Conversation
+    from toolchain.device.families import host_from_folder
+    from toolchain.device.generate import GraphRunner, Runner
+    from toolchain.device.limits import limits_from_bundle
+    from toolchain.device.ort import ort_graphs
+    from toolchain.device.runtime import open_runner
+
+    if backend is Answering.ort and engines is not None:
+        raise UsageError(
+            "--engines has no effect with --backend ort; leave it out, or choose the backend that built them"
+        )
+    if backend is not Answering.ort and provider is not Provider.cpu:
+        raise UsageError(f"--provider has no effect with --backend {backend.value}; leave it out")
+    if backend is not Answering.ort and engines is None:
+        raise UsageError(f"--backend {backend.value} needs --engines, the folder that `mgvq build` wrote")
     opened = open_bundle(bundle)
     host = host_from_folder(opened.folder / "processor")
-    picture = open_image(image) if image else None
-    graphs = ort_graphs(opened.folder / "portable", provider.value)
-    began = time.perf_counter()
-    ids = greedy(host, graphs, [host.prepare(picture, prompt)], max_new_tokens)[0]
-    seconds = time.perf_counter() - began
-    answer = host.decode(ids)
-    data = {"answer": answer, "tokens": len(ids), "stopped": ids[-1] in host.stop_ids, "seconds": round(seconds, 3)}
-    emit(data | {"backend": "onnxruntime", "provider": provider.value}, answer, form)
-    if not data["stopped"]:
-        print(f"the answer was cut at {max_new_tokens} tokens; raise --max-new-tokens", file=sys.stderr)
+    limits = limits_from_bundle(opened, host.settings)
+    runner: Runner
+    if engines is None:
+        graphs = ort_graphs(opened.folder / "portable", provider.value)
+        runner = GraphRunner(graphs, host.settings["decoder"], host.axes, limits.context_tokens)
+    else:
+        runner = open_runner(opened, engines, backend.value, host, limits.context_tokens)
+    return Conversation(host, runner, limits)
+
+
+def _sampler(temperature: float, top_k: int, top_p: float, seed: int) -> Sampler:
+    from toolchain.device.sampling import Sampler, SamplingPlan
+
+    return Sampler(SamplingPlan(temperature, top_k, top_p, seed))
+
+
+def _pictures(paths: list[Path]) -> list:
+    from toolchain.device.families.base import open_image
+
+    return [(f"picture {path}", open_image(path)) for path in paths]
+
+
+def _facts(reply: Reply, backend: Answering, provider: Provider) -> dict[str, Any]:
+    """What JSON says of an answer besides itself; the names that tools rely on since the first version among them."""
+    facts = {"backend": "onnxruntime" if backend is Answering.ort else backend.value}
+    facts |= {"provider": provider.value} if backend is Answering.ort else {}
+    counts = {key: value for key, value in asdict(reply).items() if key.endswith(("_tokens", "_seconds"))}
+    return facts | counts
+
+
+def _printer(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _say_if_cut(reply: Reply, limit: int) -> None:
+    if not reply.stopped:
+        print(f"the answer was cut at {limit} tokens; raise --max-new-tokens", file=sys.stderr)

@@ -132,13 +132,32 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 @app.command()
-def bundle(run: RunArgument, output: OutputOption, form: FormatOption = Format.text) -> None:
+def bundle(
+    run: RunArgument,
+    output: OutputOption,
+    library: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A built plugin library to carry, as MACHINE:SM:TENSORRT=FILE, such as aarch64:87:10.3=FILE."
+        ),
+    ] = None,
+    form: FormatOption = Format.text,
+) -> None:
     """Write the bundle of a finished run to another place."""
     from toolchain.line import bundle_from_run
 
-    written = bundle_from_run(run, output)
+    written = bundle_from_run(run, output, dict(map(_library, library or [])))
     data = {"bundle": str(written.folder), "files": len(written.files), "bytes": written.bytes}
     emit(data, f"{written.folder}: {data['files']} files, {size(written.bytes)}", form)
+
+
+def _library(text: str) -> tuple[Path, dict[str, Any]]:
+    """File and what it suits, of "aarch64:87:10.3=FILE"; several SMs with commas."""
+    suits, _, file = text.partition("=")
+    parts = suits.split(":")
+    if not file or len(parts) != 3 or not all(parts):
+        raise UsageError(f"library {text!r}: expected MACHINE:SM:TENSORRT=FILE, such as aarch64:87:10.3=FILE")
+    return Path(file), {"machine": parts[0], "sm": parts[1].split(","), "tensorrt": parts[2]}
 
 
 @app.command()

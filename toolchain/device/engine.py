@@ -1,53 +1,34 @@
-"""Engines from a bundle's graphs, with TensorRT on a board or TensorRT for RTX anywhere: one code path for both.
+"""All engines of a bundle, with TensorRT on a board or TensorRT for RTX anywhere: one code path for both.
 
     tensorrt       graphs of device/ (plugin nodes); needs the board's GPU and the plugin library
     tensorrt_rtx   graphs of portable/ (function bodies); builds without a GPU, for SM86 unless told otherwise
 
-Writes NAME.engine for every graph and build.json. A dense twin of a graph can be built beside it, for its size alone.
+Before any work: the release (exit 6), memory (5), the plugin library and its self-test (6, 4). Then NAME.engine for
+every graph, the plugin library, the timing cache and build.json, all of them or none.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from toolchain.bundle import Bundle
-from toolchain.errors import EnvironmentMismatch, InputDataError, UnsupportedError, UsageError
-from toolchain.values import write_json
+from toolchain.device.backends import BACKENDS, DEFAULT_SM, backend_named, load_backend
+from toolchain.device.board import Board, Memory, read_board, read_memory
+from toolchain.device.builder import Builder, BuilderOptions, BuiltNetwork, MemoryWatch, Progress, Shapes
+from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, read_plan, vq_nodes
+from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
+from toolchain.values import sha256_file, write_json
 
-Shapes = Mapping[str, Sequence[Sequence[int]]]  # input → [smallest, usual, largest] shape
-Profiles = Mapping[str, Shapes]  # graph → shapes
-Progress = Callable[[str, str, int, int], None]  # (graph, phase, steps done, steps in all)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A builder: its Python module, the bundle folder it reads, and the command that installs it."""
-
-    module: str
-    graphs: str
-    install: str
-
-
-BACKENDS = {
-    "tensorrt": Backend(
-        "tensorrt",
-        "device",
-        "run this on the board, whose JetPack carries it (sudo apt install nvidia-jetpack python3-libnvinfer), or use "
-        "--backend tensorrt_rtx here",
-    ),
-    "tensorrt_rtx": Backend("tensorrt_rtx", "portable", "pip install tensorrt-rtx-cu13"),
-}
-DEFAULT_SM = "86"
+Profiles = Mapping[str, Shapes]  # graph, or graph.second-profile → shapes
 
 
 @dataclass(frozen=True)
@@ -59,100 +40,119 @@ class BuiltEngine:
     bytes: int
     seconds: float
     layers: int
+    sha256: str = ""
+    plugin_layers: int = 0
+    profiles: int = 1
     dense_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built, with what, for which SM; this is build.json."""
+    """What was built, from what, with what, for which device; this is build.json."""
 
     backend: str
     builder_version: str
     sm: str
+    bundle: str
     engines: tuple[BuiltEngine, ...]
     warnings: tuple[str, ...]
+    device: dict[str, Any] | None = None
+    plugin: dict[str, str] | None = None
+    selftest_cases: int = 0
+    pools: dict[str, int] = field(default_factory=dict)
+    timing_cache: dict[str, Any] | None = None
+    lowest_available_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a build finds out what it runs on."""
+
+    board: Callable[[], Board] = read_board
+    memory: Callable[[], Memory | None] = read_memory
+
+    def available_bytes(self) -> int | None:
+        found = self.memory()
+        return found.available_bytes if found else None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a caller may choose.
+
+    Args:
+        sm: compute capability for tensorrt_rtx such as "86"; tensorrt builds for the GPU it runs on and takes none.
+        plugin_library: the shared object with the VQ plugins, for tensorrt; the bundle's, or compiled here, if None.
+        level: the builder's optimization level, 0 to 5: lower takes less memory and time, and may run slower.
+        ignore_memory: build although the memory plan says that it does not fit; build.json says so.
+        dense: graph name → ONNX file with dense weights (graph/dense.py makes them), built for its size.
+    """
+
+    sm: str | None = None
+    plugin_library: Path | None = None
+    level: int | None = None
+    ignore_memory: bool = False
+    dense: Mapping[str, Path] = field(default_factory=dict)
 
 
 def build_engines(
     bundle: Bundle,
     out: Path,
     backend: str = "tensorrt",
+    options: BuildOptions | None = None,
     *,
-    sm: str | None = None,
     profiles: Profiles | None = None,
-    dense: Mapping[str, Path] | None = None,
-    plugin_library: Path | None = None,
+    machine: Machine | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> BuildReport:
     """Build every graph of an opened bundle into `out`; nothing is left there when one fails.
 
     Args:
-        sm: compute capability for tensorrt_rtx such as "86"; tensorrt builds for the GPU it runs on and takes none.
         profiles: shapes of inputs with free dimensions; without it, those of processor/host.json.
-        dense: graph name → ONNX file with dense weights (graph/dense.py makes them), built for its size.
-        plugin_library: the shared object with the VQ plugins, for tensorrt.
+        machine: what this runs on; the real one if None.
+        progress, say: told of every step of a graph, and of what begins.
 
     Raises:
-        EnvironmentMismatch: the builder is not installed, has no GPU it needs, or cannot load the plugin.
+        EnvironmentMismatch: the builder is not installed, the board is not the target's, or the plugin does not load.
+        BudgetError: the memory plan says that it will not fit, or memory ran low.
+        NumericGateError: the plugin fails its self-test.
         InputDataError: the bundle lacks graphs or shapes, or the builder refuses a graph; the message names the node.
         UnsupportedError, UsageError: unknown backend or SM; `out` is a file; an argument has no effect.
     """
+    options, machine, say = options or BuildOptions(), machine or Machine(), say or (lambda _: None)
+    _check_arguments(out, backend, options)
     trt = load_backend(backend)
-    graphs = {Path(name).stem: bundle.path(name) for name in bundle.names_under(BACKENDS[backend].graphs, ".onnx")}
-    if not graphs:
-        raise InputDataError(
-            f"bundle {bundle.folder} has no graph in {BACKENDS[backend].graphs}/; make the bundle again"
-        )
-    _check_arguments(out, backend, sm, plugin_library, graphs, dense or {})
+    graphs = bundle_graphs(bundle, backend)
+    if unknown := sorted(set(options.dense) - set(graphs)):
+        raise UsageError(f"dense graphs {unknown} have no counterpart; the bundle has {sorted(graphs)}")
+    build = _Build(trt, bundle, backend, options, machine, say)
     shapes = profiles if profiles is not None else bundle_profiles(bundle)
-    builder = Builder(trt, backend, sm or DEFAULT_SM, plugin_library, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        engines = []
-        for name, path in graphs.items():
-            engine = builder.build(name, path, shapes.get(name, {}), building / f"{name}.engine")
-            if dense and name in dense:
-                twin = builder.build(f"{name} (dense)", dense[name], shapes.get(name, {}), building / f"{name}.dense")
-                (building / f"{name}.dense").unlink()
-                engine = dataclasses.replace(engine, dense_bytes=twin.bytes)
-            engines.append(engine)
-        report = BuildReport(backend, trt.__version__, builder.sm, tuple(engines), tuple(builder.warnings))
+    with _new_folder(out) as building:
+        builder = build.prepared_builder(out, building, progress)
+        engines = tuple(
+            build.engine(builder, name, path, profiles_of(name, shapes), building) for name, path in graphs.items()
+        )
+        report = build.report(builder, engines, building)
         write_json(building / "build.json", report.to_json())
-        out.mkdir(exist_ok=True)
-        for path in sorted(building.iterdir()):
-            os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return report
 
 
-def load_backend(backend: str) -> ModuleType:
-    """The builder's Python module.
+def bundle_graphs(bundle: Bundle, backend: str) -> dict[str, Path]:
+    """Graph → ONNX file of the form that a backend builds.
 
     Raises:
         UnsupportedError: no such backend.
-        EnvironmentMismatch: it is not installed, or its libraries do not load; the message says how to get it.
+        InputDataError: the bundle has none.
     """
-    if backend not in BACKENDS:
-        raise UnsupportedError(f"backend {backend!r} is not known; use one of {', '.join(BACKENDS)}")
-    wanted = BACKENDS[backend]
-    try:
-        module = importlib.import_module(wanted.module)
-    except ModuleNotFoundError:
-        raise EnvironmentMismatch(
-            f"backend {backend} needs the Python module {wanted.module}, found none; {wanted.install}"
-        ) from None
-    except (ImportError, OSError, RuntimeError) as error:
-        raise EnvironmentMismatch(f"Python module {wanted.module} does not load ({error}); {wanted.install}") from None
-    if not hasattr(module, "Builder"):
-        raise EnvironmentMismatch(
-            f"Python module {wanted.module} has no Builder: the package is a redirect; {wanted.install}"
-        )
-    return module
+    folder = backend_named(backend).graphs
+    graphs = {Path(name).stem: bundle.path(name) for name in bundle.names_under(folder, ".onnx")}
+    if not graphs:
+        raise InputDataError(f"bundle {bundle.folder} has no graph in {folder}/; make the bundle again")
+    return graphs
 
 
 def bundle_profiles(bundle: Bundle) -> Profiles:
@@ -163,179 +163,187 @@ def bundle_profiles(bundle: Bundle) -> Profiles:
     return found.get("graphs", found)
 
 
-def _check_arguments(
-    out: Path,
-    backend: str,
-    sm: str | None,
-    plugin_library: Path | None,
-    graphs: dict[str, Path],
-    dense: Mapping[str, Path],
-) -> None:
+def profiles_of(graph: str, profiles: Profiles) -> list[Shapes]:
+    """A graph's profiles in order: its own name first, then GRAPH.SECOND and so on."""
+    return [shapes for name, shapes in profiles.items() if name == graph or name.startswith(f"{graph}.")]
+
+
+def pools_from_target(target: Mapping[str, Any] | None, memory: Memory | None) -> dict[str, int]:
+    """MemoryPoolType → limit for a board.
+
+    A tactic whose scratch is larger than the largest block to be had cannot run, so the workspace ends there (the
+    kernel's contiguous pool as it is now, else the target's default). For trying tactics, half of what is usable: the
+    rest is the builder's own copies and the system. The target's own `workspace_bytes`, `tactic_dram_bytes` win.
+    """
+    if target is None:
+        return {}
+    pool = memory.cma_total_bytes if memory else None
+    workspace = target.get("workspace_bytes") or pool or target["largest_block_default_bytes"]
+    tactics = target.get("tactic_dram_bytes") or target["memory_usable_bytes"] // 2
+    return {"WORKSPACE": int(workspace), "TACTIC_DRAM": int(tactics)}
+
+
+def _check_arguments(out: Path, backend: str, options: BuildOptions) -> None:
+    backend_named(backend)
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out} is a file; choose a folder for the engines")
-    if backend == "tensorrt" and sm is not None:
+    if backend == "tensorrt" and options.sm is not None:
         raise UsageError("an SM can be chosen with backend tensorrt_rtx only; tensorrt builds for the GPU it runs on")
-    if backend == "tensorrt_rtx" and plugin_library is not None:
+    if backend == "tensorrt_rtx" and options.plugin_library is not None:
         raise UsageError("backend tensorrt_rtx has no plugins; leave the plugin library out")
-    if unknown := sorted(set(dense) - set(graphs)):
-        raise UsageError(f"dense graphs {unknown} have no counterpart; the bundle has {sorted(graphs)}")
+    if options.level is not None and not 0 <= options.level <= 5:
+        raise UsageError(f"optimization level {options.level}: expected 0 to 5")
 
 
-class Builder:
-    """A builder of one backend for one SM, with everything its logger said."""
+class _Build:
+    """One run of `build_engines`: what was found out on the way and goes into the report."""
 
     def __init__(
-        self, trt: ModuleType, backend: str, sm: str, plugin_library: Path | None, progress: Progress | None
+        self,
+        trt: ModuleType,
+        bundle: Bundle,
+        backend: str,
+        options: BuildOptions,
+        machine: Machine,
+        say: Callable[[str], None],
     ) -> None:
-        self.trt, self.backend, self.progress = trt, backend, progress
-        self.log = _collecting_logger(trt)
-        if plugin_library is not None:
-            self._load_plugins(plugin_library)
-        try:
-            self.builder = trt.Builder(self.log)
-        except TypeError:  # how the bindings say that the library gave back no builder
-            raise EnvironmentMismatch(
-                f"{backend} cannot start a builder: {self.log.last()}; run it on a machine with a GPU"
-            ) from None
-        self.sm = sm if backend == "tensorrt_rtx" else "the builder's own GPU"
-        self._capability = self._compute_capability(sm) if backend == "tensorrt_rtx" else None
+        """Every check that needs no builder.
 
-    @property
-    def warnings(self) -> list[str]:
-        """Each warning once, in the order they came."""
-        return list(dict.fromkeys(self.log.warnings))
+        Raises:
+            EnvironmentMismatch, BudgetError: one of them refuses.
+        """
+        self.trt, self.bundle, self.backend, self.options, self.say = trt, bundle, backend, options, say
+        self.kind, target = BACKENDS[backend], bundle.manifest["target"]
+        self.warnings: list[str] = []
+        self.board = machine.board() if self.kind.is_on_board else None
+        if self.board is not None:
+            self.warnings += check_release(target, self.board, trt.__version__)
+        memory = machine.memory()
+        if options.ignore_memory:
+            self.warnings.append("memory was not checked (--ignore-memory)")
+        else:
+            self.warnings += check_memory(read_plan(bundle), memory, has_cma=self.kind.is_on_board)
+        self.pools = pools_from_target(target, memory) if self.kind.is_on_board else {}
+        self.watch = MemoryWatch(machine.available_bytes, FLOOR_BYTES)
+        self.expected = vq_nodes(bundle) if self.kind.is_on_board else None
+        self.sm = self._compute_capability()
+        self.plugin: dict[str, str] | None = None
+        self.cases = 0
+        self.cache_before = b""
 
-    def build(self, name: str, path: Path, shapes: Shapes, out: Path) -> BuiltEngine:
-        """Parse one graph and build it; the engine is written to `out`."""
-        started = time.perf_counter()
-        network = self._parse(name, path)
-        config = self.builder.create_builder_config()
-        if self._capability is not None:
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(self._capability, 0)
-        self._add_profile(name, network, config, shapes)
-        if self.progress is not None:
-            config.progress_monitor = _progress_monitor(self.trt, name, self.progress)
-        layers, already = network.num_layers, len(self.log.errors)
-        plan = self.builder.build_serialized_network(network, config)
-        if plan is None:
-            said = "; ".join(self.log.errors[already:]) or self.log.last()
-            raise InputDataError(f"graph {name} ({path.name}): {self.backend} parsed it and could not build it: {said}")
-        out.write_bytes(memoryview(plan))
-        return BuiltEngine(name, out.name, plan.nbytes, round(time.perf_counter() - started, 3), layers)
+    def prepared_builder(self, out: Path, building: Path, progress: Progress | None) -> Builder:
+        """A builder with its plugins loaded and proved, and the timing cache of an earlier build into `out`."""
+        cache = out / self._cache_name()
+        self.cache_before = cache.read_bytes() if cache.is_file() else b""
+        settings = BuilderOptions(
+            None if self.kind.is_on_board else self.sm,
+            self.pools,
+            self.options.level,
+            self.cache_before if self.kind.is_on_board else None,
+        )
+        builder = Builder(self.trt, self.backend, settings, self.watch, progress)
+        if self.kind.is_on_board:
+            self._load_plugins(builder, out, building)
+        return builder
 
-    def _parse(self, name: str, path: Path) -> Any:
-        """The network of one ONNX file; the parser finds external data beside it."""
-        typed = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where it is the only way
-        network = self.builder.create_network(0 if typed is None else 1 << int(typed))
-        parser = self.trt.OnnxParser(network, self.log)
-        if parser.parse_from_file(os.fspath(path.resolve())):
-            return network
-        messages = [_parser_message(parser.get_error(i)) for i in range(parser.num_errors)]
-        said = "; ".join(messages) or self.log.last()
-        raise InputDataError(
-            f"graph {name} ({path.name}): {self.backend} does not accept it: {said}; export it again with this mgvq"
+    def engine(
+        self, builder: Builder, name: str, path: Path, profiles: Sequence[Shapes], building: Path
+    ) -> BuiltEngine:
+        """One engine in the folder `building`, checked for its plugin nodes, and its dense twin's size if asked for."""
+        self.say(f"{name}: {path.name}")
+        file = building / f"{name}.engine"
+        built = builder.build(name, path, profiles, file)
+        self._check_plugin_layers(name, built, builder, file)
+        dense = None
+        if name in self.options.dense:
+            twin = building / f"{name}.dense"
+            dense = builder.build(f"{name} (dense)", self.options.dense[name], profiles, twin).bytes
+            twin.unlink()
+        return BuiltEngine(
+            name, file.name, built.bytes, built.seconds, built.layers, sha256_file(file), len(built.plugin_layers),
+            max(1, len(profiles)), dense,
+        )  # fmt: skip
+
+    def report(self, builder: Builder, engines: tuple[BuiltEngine, ...], building: Path) -> BuildReport:
+        """build.json's content; the timing cache is written beside the engines."""
+        timing = None
+        if builder.timing_cache is not None:
+            (building / self._cache_name()).write_bytes(builder.timing_cache)
+            before, after = len(self.cache_before), len(builder.timing_cache)
+            timing = {"file": self._cache_name(), "bytes_before": before, "bytes_after": after}
+        return BuildReport(
+            self.backend,
+            self.trt.__version__,
+            self.sm,
+            self.bundle.manifest["manifest_sha256"],
+            engines,
+            (*self.warnings, *builder.warnings),
+            dataclasses.asdict(self.board) if self.board else None,
+            self.plugin,
+            self.cases,
+            self.pools,
+            timing,
+            self.watch.lowest_bytes,
         )
 
-    def _add_profile(self, name: str, network: Any, config: Any, shapes: Shapes) -> None:
-        inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
-        free = {each for each, shape in inputs.items() if -1 in shape}
-        if missing := sorted(free - set(shapes)):
-            raise InputDataError(
-                f"graph {name}: inputs {missing} have free dimensions and no shapes; give [smallest, usual, largest] "
-                "for them in processor/host.json"
-            )
-        if not free:
+    def _compute_capability(self) -> str:
+        if self.board is None:
+            return self.options.sm or DEFAULT_SM
+        if self.board.gpu is None:
+            raise EnvironmentMismatch("CUDA's driver finds no GPU; check the installation (mgvq doctor)")
+        return self.board.gpu.sm
+
+    def _cache_name(self) -> str:
+        return f"timing-{self.backend}-{self.trt.__version__}-sm{self.sm}.cache"
+
+    def _load_plugins(self, builder: Builder, out: Path, building: Path) -> None:
+        from toolchain.device.cuda import Cuda
+        from toolchain.device.plugin_library import Wanted, load_into, prepare_library
+        from toolchain.device.selftest import FILE, check_plugins, read_cases
+
+        assert self.board is not None
+        wanted = Wanted(self.board.machine, self.sm, self.trt.__version__)
+        library = prepare_library(self.bundle, self.options.plugin_library, wanted, out, building, self.say)
+        load_into(self.trt, builder.log, library.path)
+        self.plugin = library.to_json()
+        if FILE not in self.bundle.files:
+            self.warnings.append(f"the bundle has no {FILE}: the plugins were not tested before the build")
             return
-        profile = self.builder.create_optimization_profile()
-        for each in sorted(free):
-            low, usual, high = _three_shapes(name, each, shapes[each], inputs[each])
-            profile.set_shape(each, low, usual, high)
-        config.add_optimization_profile(profile)
+        cases = read_cases(self.bundle.path(FILE))
+        self.say(f"plugins: {len(cases)} self-test cases")
+        check_plugins(self.trt, builder, Cuda(), cases)
+        self.cases = len(cases)
 
-    def _compute_capability(self, sm: str) -> Any:
-        known = {key.removeprefix("SM") for key in vars(self.trt.ComputeCapability) if key.startswith("SM")}
-        if sm not in known:
-            offered = ", ".join(sorted(known, key=int))
-            raise UnsupportedError(
-                f"{self.backend} does not build for SM {sm}; it offers {offered} (a Jetson's engines are built on it)"
-            )
-        return getattr(self.trt.ComputeCapability, f"SM{sm}")
-
-    def _load_plugins(self, library: Path) -> None:
-        """Load the plugin library and register its creators in the empty namespace."""
-        if not library.is_file():
-            raise InputDataError(f"plugin library {library} does not exist; build it from the bundle's plugin source")
-        registry = self.trt.get_plugin_registry()
-        if registry.load_library(os.fspath(library.resolve())) is None:
+    def _check_plugin_layers(self, name: str, built: BuiltNetwork, builder: Builder, file: Path) -> None:
+        """Refuse an engine in which a VQ node is not the plugin's, because a function body won, or a layer is gone."""
+        if self.expected is None:
+            return
+        if (wanted := self.expected.get(name)) is None or wanted != len(built.plugin_layers):
             raise EnvironmentMismatch(
-                f"plugin library {library} does not load ({self.log.last()}); build it against this TensorRT"
+                f"graph {name}: expected {wanted} plugin layers, one a VQ node, TensorRT {self.trt.__version__} made "
+                f"{len(built.plugin_layers)}; make the bundle again with this version of mgvq"
+            )
+        from toolchain.device.loaded_engines import LoadedEngine
+
+        runtime = self.trt.Runtime(builder.log)
+        information = LoadedEngine(self.trt, runtime, name, file.read_bytes(), builder.log).layer_information()
+        missing = [layer for layer in built.plugin_layers if layer not in information]
+        if missing:
+            raise EnvironmentMismatch(
+                f"graph {name}: {len(missing)} of {wanted} plugin layers are not in the engine, the first {missing[0]};"
+                f" TensorRT {self.trt.__version__} dropped them: report it with build's output"
             )
 
 
-def _three_shapes(
-    graph: str, name: str, shapes: Sequence[Sequence[int]], declared: tuple[int, ...]
-) -> list[tuple[int, ...]]:
-    """[smallest, usual, largest], checked against the graph's own shape (-1 is free) and against each other."""
-    where = f"graph {graph}: shapes of input {name}"
-    if len(shapes) != 3 or any(len(shape) != len(declared) for shape in shapes):
-        raise InputDataError(
-            f"{where}: expected [smallest, usual, largest] of {len(declared)} dimensions, found {list(shapes)}"
-        )
-    for place, size in enumerate(declared):
-        low, usual, high = (shape[place] for shape in shapes)
-        if not low <= usual <= high or (size != -1 and {low, usual, high} != {size}):
-            wanted = "sizes that do not fall" if size == -1 else f"{size} three times"
-            raise InputDataError(f"{where}: dimension {place}: expected {wanted}, found {low}, {usual}, {high}")
-    return [tuple(shape) for shape in shapes]
-
-
-def _parser_message(error: Any) -> str:
-    """One parser error with the node it is about."""
-    node = error.node_name() or f"number {error.node()}"
-    text = " ".join(str(error.desc()).split())
-    return f"node {node} ({error.node_operator()}): {text}"
-
-
-def _collecting_logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that keeps errors and warnings and prints nothing."""
-    severity = trt.ILogger.Severity
-
-    class CollectingLogger(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, level: Any, text: str) -> None:
-            if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                self.errors.append(text.strip())
-            elif level == severity.WARNING:
-                self.warnings.append(text.strip())
-
-        def last(self) -> str:
-            return self.errors[-1] if self.errors else "it gave no reason"
-
-    return CollectingLogger()
-
-
-def _progress_monitor(trt: ModuleType, graph: str, progress: Progress) -> Any:
-    """An IProgressMonitor that reports every step of every phase and lets the build go on."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-            progress(graph, phase_name, 0, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            progress(graph, phase_name, step + 1, self.steps[phase_name])
-            return True
-
-        def phase_finish(self, phase_name: str) -> None:
-            progress(graph, phase_name, self.steps[phase_name], self.steps.pop(phase_name))
-
-    return Monitor()
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` whose files go there at the end, or nowhere."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield building
+        out.mkdir(exist_ok=True)
+        for path in sorted(building.iterdir()):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

@@ -70,7 +70,7 @@ def _layers(plan: BitPlan, measured: list[dict[str, Any]]) -> list[dict[str, Any
                 "name": layer.name,
                 "part": layer.part,
                 "code": layer.code,
-                "bits": layer.vq_code.index_bits,
+                "bits": layer.index_bits,
                 "bytes": layer.codes_bytes + layer.scales_bytes,
                 "error": entry["relative_error"],
             }

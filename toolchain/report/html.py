@@ -59,18 +59,23 @@ def render_report(data: Mapping[str, Any]) -> str:
     unknown = sorted(set(data) - {*SECTIONS, "title"})
     if unknown:
         raise UsageError(f"report: sections {unknown} are not known; expected any of {', '.join(SECTIONS)}")
-    environment = Environment(
+    sections = {name: data.get(name) or None for name in SECTIONS}
+    charts = {"errors": _layer_bars(data, "error"), "bits": _layer_bars(data, "bits"), "memory": _memory_bars(data)}
+    template = environment().get_template("report.html.j2")
+    return template.render(title=data.get("title", "mgvq run"), tool_version=__version__, charts=charts, **sections)
+
+
+def environment() -> Environment:
+    """Templates of this package: everything is escaped, a name that is not there is an error."""
+    made = Environment(
         loader=PackageLoader("toolchain.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=size_text, share=share_text, number=number_text, picture=data_uri)
-    sections = {name: data.get(name) or None for name in SECTIONS}
-    charts = {"errors": _layer_bars(data, "error"), "bits": _layer_bars(data, "bits"), "memory": _memory_bars(data)}
-    template = environment.get_template("report.html.j2")
-    return template.render(title=data.get("title", "mgvq run"), tool_version=__version__, charts=charts, **sections)
+    made.filters.update(size=size_text, share=share_text, number=number_text, picture=data_uri)
+    return made
 
 
 def write_report(data: Mapping[str, Any], path: Path) -> None:

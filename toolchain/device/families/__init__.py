@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from toolchain.device.families.base import Host, Prepared
+from toolchain.device.families.base import Host, Prepared, Turn
 from toolchain.device.families.internvl import InternVLHost
 from toolchain.device.families.qwen2_vl import Qwen2VLHost
 from toolchain.errors import InputDataError, UnsupportedError
 
 HOSTS: dict[str, type[Host]] = {"qwen2_vl": Qwen2VLHost, "internvl": InternVLHost}
 
-__all__ = ["HOSTS", "Host", "Prepared", "host_from_folder"]
+__all__ = ["HOSTS", "Host", "Prepared", "Turn", "host_from_folder"]
 
 
 def host_from_folder(folder: Path) -> Host:

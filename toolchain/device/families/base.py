@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -19,18 +21,28 @@ Feeds = dict[str, NDArray]
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message of a conversation: who speaks ("system", "user" or "assistant"), the pictures, then the text."""
+
+    role: str
+    text: str
+    pictures: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prepared:
     """One prompt with its pictures, ready for the graphs.
 
-    `vision_feeds` holds one set of inputs per call of the vision graph. `input_ids` int64[S] has every picture's
-    placeholder repeated once per image feature. `positions` int64[axes, S]; the token after the prompt stands at
-    `next_position` on every axis.
+    `vision_feeds` holds one set of inputs per picture, a call of the vision graph each. `input_ids` int64[S] has every
+    picture's placeholder repeated once per image feature; `picture_places` says where: [start, end) per picture.
+    `positions` int64[axes, S]; the token after the prompt stands at `next_position` on every axis.
     """
 
     vision_feeds: tuple[Feeds, ...]
     input_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     next_position: int
+    picture_places: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -55,11 +67,53 @@ class Host(ABC):
     def __init__(self, settings: dict[str, Any], tokenizer_json: bytes, chat_template: str) -> None:
         self.settings = settings
         self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        self._template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template)
+        # As transformers renders templates: these blocks, loop controls, and a way for a template to refuse.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _refuse_conversation
+        self._template = environment.from_string(chat_template)
 
     @abstractmethod
+    def picture_feeds(self, picture: Image.Image) -> Feeds:
+        """Inputs of one call of the vision graph for one picture."""
+
+    @abstractmethod
+    def picture_tokens(self, feeds: Feeds) -> int:
+        """How many features the vision graph gives for them, each a token of the context."""
+
+    @abstractmethod
+    def picture_text(self, tokens: int) -> str:
+        """What stands in the text for a picture of so many tokens, where the template writes one placeholder."""
+
+    @abstractmethod
+    def positions(
+        self, ids: NDArray[np.int64], places: Sequence[tuple[int, int]], feeds: Sequence[Feeds]
+    ) -> NDArray[np.int64]:
+        """int64[axes, S]: where every token stands, given the places of the pictures and their feeds."""
+
     def prepare(self, image: Image.Image | None, prompt: str) -> Prepared:
         """Graph inputs of one prompt about at most one picture."""
+        return self.prepare_turns([Turn("user", prompt, () if image is None else (image,))])
+
+    def prepare_turns(self, turns: Sequence[Turn], feeds: Sequence[Feeds] | None = None) -> Prepared:
+        """Graph inputs of a conversation, up to where the next answer starts.
+
+        Args:
+            feeds: `picture_feeds` of all pictures in order, where they are known already.
+
+        Raises:
+            InputDataError: the template refuses the turns, or writes another number of placeholders than pictures.
+        """
+        pictures = [picture for turn in turns for picture in turn.pictures]
+        feeds = [self.picture_feeds(picture) for picture in pictures] if feeds is None else feeds
+        counts = [self.picture_tokens(each) for each in feeds]
+        pieces = self.turns_text(turns).split(self.image_token)
+        text = pieces[0] + "".join(self.picture_text(n) + piece for n, piece in zip(counts, pieces[1:]))
+        ids = self.encode(text)
+        places = self._places(ids, counts)
+        positions = self.positions(ids, places, feeds)
+        return Prepared(tuple(feeds), ids, positions, int(positions.max()) + 1, places)
 
     @property
     def image_token(self) -> str:
@@ -81,19 +135,30 @@ class Host(ABC):
 
     def chat_text(self, prompt: str, with_image: bool) -> str:
         """The chat template's text for one user turn, up to where the answer starts."""
-        content = ([{"type": "image"}] if with_image else []) + [{"type": "text", "text": prompt}]
-        text = self._template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
-        if with_image and text.count(self.image_token) != 1:
+        placeholder = (Image.new("RGB", (1, 1)),) if with_image else ()
+        return self.turns_text([Turn("user", prompt, placeholder)])
+
+    def turns_text(self, turns: Sequence[Turn]) -> str:
+        """The chat template's text for a conversation, one placeholder a picture, up to where the answer starts."""
+        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
+        try:
+            text = self._template.render(messages=messages, add_generation_prompt=True)
+        except TemplateError as error:
             raise InputDataError(
-                f"the chat template wrote {text.count(self.image_token)} times {self.image_token!r} for one picture, "
-                "expected once; check chat_template.jinja and the prompt"
+                f"the chat template refuses this conversation ({error}); check chat_template.jinja and the turns"
+            ) from None
+        found, expected = text.count(self.image_token), sum(len(turn.pictures) for turn in turns)
+        if found != expected:
+            raise InputDataError(
+                f"the chat template wrote {found} times {self.image_token!r} for {expected} pictures, expected once "
+                "each; check chat_template.jinja and the prompt"
             )
         return text
 
     def encode(self, text: str) -> NDArray[np.int64]:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Answer text of token ids, without special tokens and outer white space."""
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=True).strip()
 
@@ -108,6 +173,31 @@ class Host(ABC):
             mask[row, longest - p.length :] = 1
             positions[:, row, longest - p.length :] = p.positions
         return PromptBatch(tuple(prompts), ids, mask, positions)
+
+    def _places(self, ids: NDArray[np.int64], counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """[start, end) of every picture's tokens in `ids`."""
+        found, places, first = np.flatnonzero(ids == self.image_token_id), [], 0
+        for count in counts:
+            run = found[first : first + count]
+            if len(run) < count or run[-1] - run[0] + 1 != count:
+                break
+            places.append((int(run[0]), int(run[-1]) + 1))
+            first += count
+        if len(places) < len(counts) or first != len(found):
+            raise InputDataError(
+                f"expected {sum(counts)} tokens {self.image_token!r} for {len(counts)} pictures, the tokenizer made "
+                f"{len(found)}; check tokenizer.json and the prompt"
+            )
+        return tuple(places)
+
+
+def _content(turn: Turn) -> list[dict[str, str]]:
+    """A turn's parts as templates of VLMs expect them; an answer is text as well."""
+    return [{"type": "image"}] * len(turn.pictures) + [{"type": "text", "text": turn.text}]
+
+
+def _refuse_conversation(message: str) -> NoReturn:
+    raise TemplateError(message)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain.device.families.base import Host, Prepared
+from toolchain.device.families.base import Feeds, Host
 
 
 class InternVLHost(Host):
     axes = 1
 
-    def prepare(self, image: Image.Image | None, prompt: str) -> Prepared:
-        text = self.chat_text(prompt, image is not None)
-        feeds: tuple = ()
-        if image is not None:
-            tiles = self.tiles(image)
-            tokens = self.settings["image"]["tokens_per_tile"] * tiles.shape[0]
-            start, end = self.settings["tokens"]["image_start"], self.settings["tokens"]["image_end"]
-            text = text.replace(self.image_token, start + self.image_token * tokens + end)
-            feeds = ({"pixel_values": tiles},)
-        ids = self.encode(text)
-        return Prepared(feeds, ids, np.arange(len(ids), dtype=np.int64)[None], len(ids))
+    def picture_feeds(self, picture: Image.Image) -> Feeds:
+        return {"pixel_values": self.tiles(picture)}
+
+    def picture_tokens(self, feeds: Feeds) -> int:
+        return self.settings["image"]["tokens_per_tile"] * feeds["pixel_values"].shape[0]
+
+    def picture_text(self, tokens: int) -> str:
+        start, end = self.settings["tokens"]["image_start"], self.settings["tokens"]["image_end"]
+        return start + self.image_token * tokens + end
+
+    def positions(
+        self, ids: NDArray[np.int64], places: Sequence[tuple[int, int]], feeds: Sequence[Feeds]
+    ) -> NDArray[np.int64]:
+        return np.arange(len(ids), dtype=np.int64)[None]
 
     def tiles(self, image: Image.Image) -> NDArray[np.float32]:
         """float32[T, 3, side, side]: tiles in reading order, then the whole picture as a thumbnail when T > 1."""

@@ -1,0 +1,210 @@
+"""The verb that measures: profile, here or on a board."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from toolchain.cli.app import app
+from toolchain.cli.common import Format, FormatOption, OutputOption, Progress, Provider, ProviderOption, emit
+from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
+
+if TYPE_CHECKING:
+    from toolchain.device.profile import ProfileBackend, Question, Settings
+    from toolchain.device.profile_result import Prediction
+
+
+class ProfileBackendName(str, Enum):
+    ort = "ort"
+    torch = "torch"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
+
+
+DEFAULT_PROMPT = "Describe the picture."
+HOST_HELP = "Run it on this board over ssh, such as user@board, and bring the result back."
+SSH_HELP = "Configuration file for ssh (ssh -F), with --host."
+REMOTE_HELP = "An mgvq that is installed on the board already, with --host; without it the bundle's own wheel is used."
+
+
+@app.command()
+def profile(
+    source: Annotated[Path, typer.Argument(help="A bundle; with --backend torch a checkpoint folder.")],
+    output: OutputOption,
+    backend: Annotated[ProfileBackendName, typer.Option(help="What runs it.")] = ProfileBackendName.ort,
+    engines: Annotated[
+        Path | None, typer.Option(help="Folder that mgvq build wrote, for tensorrt and tensorrt_rtx.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The picture; noise of the planned size when absent (content changes no time).")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="The question.")] = DEFAULT_PROMPT,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers that count.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Answers before them that do not.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens an answer; stop tokens do not end it.")] = 32,
+    provider: ProviderOption = Provider.cpu,
+    host: Annotated[str | None, typer.Option(help=HOST_HELP)] = None,
+    python: Annotated[str | None, typer.Option(help="Python on the board, with --host (python3 when absent).")] = None,
+    remote_mgvq: Annotated[str | None, typer.Option(help=REMOTE_HELP)] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help=SSH_HELP)] = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Measure each phase of an answer, and where in the model its time goes: profile.json and profile.html."""
+    from toolchain.device.profile import Settings
+    from toolchain.folders import check_output
+
+    settings = Settings(repeats, warmup, tokens)
+    _check_flags(backend, engines, provider, host, python=python, remote_mgvq=remote_mgvq, ssh_config=ssh_config)
+    check_output(output)
+    if host is not None:
+        flags = {"--backend": backend.value, "--prompt": prompt, "--repeats": repeats, "--warmup": warmup,
+                 "--tokens": tokens, "--provider": provider.value, "--format": form.value}  # fmt: skip
+        inputs = {"--image": image, "--engines": engines}
+        _profile_there(host, source, output, flags, inputs, python, remote_mgvq, ssh_config)
+        return
+    found, asked, prediction = _opened(source, backend, engines, provider, image, prompt, tokens)
+    data = _profile_here(found, asked, settings, prediction, source, output)
+    from toolchain.device.profile_result import profile_text
+
+    emit(data, f"{profile_text(data)}\n{output / 'profile.html'}", form)
+
+
+def _check_flags(
+    backend: ProfileBackendName, engines: Path | None, provider: Provider, host: str | None, **remote: Any
+) -> None:
+    """Refuse flags that would have no effect, and missing ones."""
+    with_engines = backend in (ProfileBackendName.tensorrt, ProfileBackendName.tensorrt_rtx)
+    if with_engines and engines is None:
+        raise UsageError(f"--backend {backend.value} needs --engines, the folder that mgvq build wrote")
+    if not with_engines and engines is not None:
+        raise UsageError(f"--engines has no effect with --backend {backend.value}; leave it out")
+    if with_engines and provider is not Provider.cpu:
+        raise UsageError(f"--provider has no effect with --backend {backend.value}; leave it out")
+    if host is None:
+        for name, value in remote.items():
+            if value is not None:
+                raise UsageError(f"--{name.replace('_', '-')} has no effect without --host; leave it out")
+
+
+def _profile_there(
+    host: str,
+    source: Path,
+    output: Path,
+    flags: dict[str, Any],
+    inputs: dict[str, Path | None],
+    python: str | None,
+    remote_mgvq: str | None,
+    ssh_config: Path | None,
+) -> None:
+    from toolchain.device.remote import RemoteOptions, run_remote
+
+    progress = Progress()
+    options = RemoteOptions(
+        python=python or "python3", mgvq=remote_mgvq, ssh_config=ssh_config, progress=progress.stage
+    )
+    arguments = [text for name, value in flags.items() for text in (name, str(value))]
+    given = {name: path for name, path in inputs.items() if path is not None}
+    code = run_remote(host, "profile", source, output, arguments, inputs=given, options=options)
+    if code:
+        raise typer.Exit(code)
+
+
+def _opened(
+    source: Path,
+    backend: ProfileBackendName,
+    engines: Path | None,
+    provider: Provider,
+    image: Path | None,
+    prompt: str,
+    tokens: int,
+) -> tuple[tuple[ProfileBackend, Any], Question, Prediction | None]:
+    """(backend, host), question and prediction; what is not there is refused before anything runs."""
+    from toolchain.device.families.base import open_image
+    from toolchain.device.profile import Question
+    from toolchain.device.profile_source import noise_picture, prediction_for
+
+    if not source.is_dir():
+        raise InputDataError(f"{source} does not exist or is no folder; expected a bundle, or a checkpoint for torch")
+    picture = open_image(image) if image else None
+    if backend is ProfileBackendName.torch:
+        found = _torch(source, provider)
+        host = found.host
+        return (found, host), Question(prompt, picture or noise_picture(host.settings, None)), None
+    from toolchain.bundle import open_bundle
+    from toolchain.device.families import host_from_folder
+
+    bundle = open_bundle(source)
+    host = host_from_folder(bundle.folder / "processor")
+    asked = Question(prompt, picture or noise_picture(host.settings, bundle))
+    if backend is ProfileBackendName.ort:
+        opened: Any = _onnxruntime(bundle.folder / "portable", host, provider)
+    else:
+        from toolchain.device.profile_tensorrt import EngineBackend
+
+        opened = EngineBackend(bundle, engines or source, backend.value, host)
+    return (opened, host), asked, prediction_for(bundle, host, asked, backend.value, tokens)
+
+
+def _onnxruntime(folder: Path, host: Any, provider: Provider) -> Any:
+    try:
+        from toolchain.profile_onnx import named_calls
+    except ModuleNotFoundError as error:
+        raise EnvironmentMismatch(
+            f"--backend ort tells layers apart with the Python module {error.name}, found none; pip install onnx"
+        ) from None
+    from toolchain.device.profile_ort import OrtBackend
+
+    return OrtBackend(folder, host, provider.value, named_calls)
+
+
+def _torch(folder: Path, provider: Provider) -> Any:
+    try:
+        from toolchain.profile_torch import TorchBackend
+    except ModuleNotFoundError as error:
+        raise EnvironmentMismatch(
+            f"--backend torch needs the Python module {error.name}, found none; run it on the workstation"
+        ) from None
+    return TorchBackend(folder, provider.value)
+
+
+def _profile_here(
+    found: tuple[ProfileBackend, Any],
+    asked: Question,
+    settings: Settings,
+    prediction: Prediction | None,
+    source: Path,
+    output: Path,
+) -> dict[str, Any]:
+    """Measure with the machine watched, and write the folder."""
+    from toolchain.device.profile import measure
+    from toolchain.device.profile_result import profile_json
+    from toolchain.device.telemetry_sampler import Sampler
+    from toolchain.folders import staged_folder
+    from toolchain.report.profile import write_profile
+    from toolchain.values import write_json
+
+    backend, host = found
+    progress = Progress()
+    progress.stage(f"profile    {source} with {backend.name}")
+    with Sampler() as sampler:
+        measured = measure(backend, host, asked, settings, progress.step)
+    seen = sampler.telemetry()
+    same = prediction is not None and prediction.same_device
+    wanted = prediction.plan.power_mode if prediction is not None and same else None
+    data = profile_json(
+        measured,
+        asked,
+        source=source.resolve().name,
+        backend=backend.name,
+        runtime=backend.describe(),
+        prediction=prediction,
+        telemetry=seen.to_json(wanted),
+    )
+    with staged_folder(output) as folder:
+        write_json(folder / "profile.json", data)
+        write_profile(data, folder / "profile.html")
+    progress.done(f"{measured.first_token.median:.1f} ms to the first token, {measured.tokens_per_s:.1f} tokens/s")
+    return data

@@ -1,0 +1,59 @@
+"""What to ask when nobody says, and what the latency model expects of it, from what a bundle carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from toolchain.bundle import Bundle
+from toolchain.device.board import read_board
+from toolchain.device.families.base import Host
+from toolchain.device.profile import Question
+from toolchain.device.profile_predict import geometry_from_plan, predict
+from toolchain.device.profile_result import Prediction
+from toolchain.target import Target
+from toolchain.values import BitPlan
+
+FALLBACK_SIDE = 448  # pixels of a side where neither a plan nor the host limits a picture
+
+
+def noise_picture(host_settings: Mapping[str, Any], bundle: Bundle | None) -> Image.Image:
+    """A picture of noise: square, as large as the bundle's memory plan and the host allow. The same every time."""
+    side = FALLBACK_SIDE
+    limit = host_settings["image"].get("max_pixels")
+    if bundle is not None and "memory.json" in bundle.files:
+        image = bundle.read_json("memory.json")["workload"]["image"]
+        side = min(image) if image else side
+    if limit is not None:
+        side = min(side, int(limit**0.5))
+    noise = np.random.default_rng(0).integers(0, 256, size=(side, side, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def prediction_for(bundle: Bundle, host: Host, question: Question, backend: str, decoded: int) -> Prediction | None:
+    """What the latency model says of a question on the bundle's target; None where the bundle has no plan or target.
+
+    `same_device` is whether this is that board: it runs a Jetson release, its GPU has the target's compute capability,
+    and the engines run on it.
+    """
+    if not {"bitplan.json", "target.json"} <= set(bundle.files):
+        return None
+    target = Target.from_json(bundle.read_json("target.json"))
+    plan = BitPlan.from_json(bundle.read_json("bitplan.json"))
+    prepared, settings = host.prepare(question.picture, question.prompt), host.settings
+    latency = predict(
+        plan,
+        geometry_from_plan(plan, settings),
+        target,
+        prompt_tokens=prepared.length,
+        picture_tokens=sum(end - start for start, end in prepared.picture_places),
+        picture_size=question.picture_size,
+        max_pixels=settings["image"].get("max_pixels"),
+        decoded=decoded,
+    )
+    board = read_board()
+    same = board.l4t is not None and board.gpu is not None and board.gpu.sm == target.sm and backend != "ort"
+    return Prediction(latency, same)
