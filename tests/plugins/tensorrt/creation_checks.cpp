@@ -1,4 +1,7 @@
 // Creation from fields, what is serialized, clones, names and timing-cache ids.
+#include <unistd.h>
+
+#include <cstdio>
 #include <set>
 
 #include "checks.h"
@@ -100,6 +103,23 @@ void check_refused(Library& library, bool is_linear, Fields fields, const std::s
         said.c_str());
 }
 
+// What `body` writes to stderr.
+template <typename Body>
+std::string stderr_of(Body&& body) {
+  std::FILE* const file = std::tmpfile();
+  const int kept = dup(STDERR_FILENO);
+  if (!file || kept < 0) return "";
+  dup2(fileno(file), STDERR_FILENO);
+  body();
+  dup2(kept, STDERR_FILENO);
+  close(kept);
+  char text[2048];
+  std::rewind(file);
+  const std::size_t length = std::fread(text, 1, sizeof text, file);
+  std::fclose(file);
+  return std::string(text, length);
+}
+
 void check_bad_fields(Library& library) {
   const Weight weight = random_weight({2, 4, 8}, 200, 72, true, 1);
   for (const bool is_linear : {true, false}) {
@@ -123,9 +143,11 @@ void check_bad_fields(Library& library) {
   const Plugin from_null(library.linear->createPlugin(nullptr, nullptr, TensorRTPhase::kRUNTIME));
   check(!from_null && has(library.logger.take(), "missing"), "neither name nor fields: refused, not a crash");
   library.finder.throws = true;
-  const Plugin unheard = create(library.linear, Fields());
+  Plugin unheard;
+  const std::string printed = stderr_of([&] { unheard = create(library.linear, Fields()); });
   library.finder.throws = false;
-  check(!unheard && library.logger.take().empty(), "a finder that throws: the refusal stands, on stderr");
+  check(!unheard && library.logger.take().empty() && has(printed, "rows") && has(printed, "missing"),
+        "a finder that throws: the refusal stands, on stderr");
 }
 
 }  // namespace

@@ -91,8 +91,7 @@ def test_a_folder_without_headers_and_a_missing_cuda_are_said(script, headers, t
 def test_the_shell_compiles_against_each_set_of_headers(script, capsys):
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    cuda = PLUGINS / "emulator" / "include"  # the real toolkit's header where there is one
-    real = next((place for place in script.CUDA_PLACES if script.Path(place, "cuda_runtime_api.h").is_file()), None)
-    if real is None:
-        pytest.skip(f"no CUDA headers; {cuda.name} alone lacks events")
-    assert script.main([*map(str, header_folders()), "--cuda-include", real]) == 0, capsys.readouterr().err
+    folders = header_folders()
+    if not any(script.Path(place, "cuda_runtime_api.h").is_file() for place in script.CUDA_PLACES):
+        pytest.skip(f"no CUDA headers in {' or '.join(script.CUDA_PLACES)}")
+    assert script.main([*map(str, folders)]) == 0, capsys.readouterr().err
