@@ -29,8 +29,8 @@ class Recipe:
     # 0.7, on fresh inputs too, and the demo's KL to between 0.6 and 5 of what it was, over three seeds.
     descent: bool = False
     rounds: bool = False  # Jacobi rounds over the whole model from a KL gradient; on the demo no step passes their gate
-    # Module 1 inside layers: sorted columns cut into at most three codes where that pays. Off: its dry runs foretell a cut
-    # layer's loss up to 2.4 times too large (a strict xfail holds that), and the demo's answers get no better yet.
+    # Module 1 inside layers: sorted columns cut into at most three codes where that pays. Off: its dry runs foretell a
+    # cut layer's loss up to 2.4 times too large (a strict xfail holds that), and the demo's answers get no better yet.
     segments: bool = False
     caps: bool = False  # attention sinks count in H as the loudest ordinary token does
     bias: bool = True  # closed-form bias correction
