@@ -1,4 +1,4 @@
-"""What a code would leave of a weight, from a quick run in a cheaper code of the same vector length or rate."""
+"""What a code would leave of a weight, from a quick run in a cheaper code; what segments would, from one in theirs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quick(options: Options) -> Options:
 
 
 def expected_loss(weight: Tensor, moment: Tensor, code: str, options: Options, generator: torch.Generator) -> float:
-    """tr(E H Eᵀ) that coding W float32[m, n] in a code or in segments leaves, from a dry run in stand-ins, scaled."""
+    """tr(E H Eᵀ) that coding W float32[m, n] leaves, from a dry run: one code's from its stand-in's, scaled."""
     segments = parse_format(code, weight.shape[1])
     short = quick(options)
     if len(segments) > 1:
@@ -51,15 +51,13 @@ def expected_loss(weight: Tensor, moment: Tensor, code: str, options: Options, g
 def dry_segments(
     weights: list[Tensor], moment: Tensor, text: str, options: Options, generator: torch.Generator
 ) -> list[float]:
-    """tr(E_s' S_s E_s'ᵀ) of every segment, S damped: from a dry run of each in the plain code of its rate, scaled.
+    """tr(E_s' S_s E_s'ᵀ) of every segment, S damped: from a run of the segments in their own codes.
+
+    No stand-in: a table of 256 entries fits the few vectors of a narrow segment better than the figures for Gaussian
+    weights say. Of 64 columns by 64 to 3072 rows, stand-ins foretold 2.4 to 1.2 times what the codes themselves left.
 
     Args:
         weights, moment: columns in the order the segments have.
     """
     segments = parse_format(text, weights[0].shape[1])
-    plain = [replace(s, code=VQCode(s.code.vector, s.code.shift, s.code.shift)) for s in segments]
-    losses = quantize_segments(weights, moment, plain, options, generator).losses
-    return [
-        loss * GAUSSIAN_ERROR[str(segment.code)] / GAUSSIAN_ERROR[str(stand_in.code)]
-        for loss, segment, stand_in in zip(losses, segments, plain, strict=True)
-    ]
+    return list(quantize_segments(weights, moment, segments, options, generator).losses)

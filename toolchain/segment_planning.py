@@ -2,12 +2,13 @@
 
 A segmentation's offered loss is pieced together from dry runs in one code over all columns (`unit_losses`). Those that
 a plan picks are run as they are, with a table and row scales a segment, and their losses corrected; then the plan is
-made again, until it picks only what was confirmed.
+made again, until it picks only what was confirmed. Single codes are known by stand-ins, which foretell too much where
+tables fit few vectors well; a confirmed loss is put in their currency, or cuts would be picked for being run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from toolchain.dealing import Ranking
 from toolchain.dry_runs import GAUSSIAN_ERROR, STAND_INS, dry_segments, quick
 from toolchain.segmentation import segment_units, segmented_losses
 from toolchain.sensitivity import Sensitivity
-from toolchain.values import BitPlan, VQCode, parse_format
+from toolchain.values import CODES, BitPlan, VQCode, parse_format
 from toolchain.vq.weights import Options
 
 ATTEMPTS = 4  # plans made while they pick what is not confirmed; after them only what is may be picked
@@ -55,7 +56,7 @@ class Planner:
             if not new:
                 break
             for group, text in new:
-                known[group][text] = self.confirm(group, text)
+                known[group][text] = self.confirm(group, text, single[group])
         return known
 
     def offered(self, group: str, single: Mapping[str, float]) -> dict[str, float]:
@@ -67,9 +68,20 @@ class Planner:
 
         return segmented_losses(len(self.rankings[group].order), single, loss, single)
 
-    def confirm(self, group: str, text: str) -> float:
-        """The loss of a segmentation, each segment's corrected by what a dry run of it loses of the group's output."""
+    def confirm(self, group: str, text: str, single: Mapping[str, float]) -> float:
+        """The loss of a segmentation, each segment's corrected by what a dry run of it loses of the group's output.
+
+        Args:
+            single: code → loss of the group in that code, as the plan has it; the one nearest in rate is run too, and
+                what the plan has over what the run says multiplies the result.
+        """
         weights, moment = self.weights(group)
+        near = _nearest(text, len(moment), single)
+        believed, ran = single[near], self._run(group, near, weights, moment)
+        return self._run(group, text, weights, moment) * (believed / ran if ran > 0 else 1.0)
+
+    def _run(self, group: str, text: str, weights: list[Tensor], moment: Tensor) -> float:
+        """The loss of a format by a dry run of it: what each segment loses, times what its units make of that."""
         columns = len(moment)
         order = self.rankings[group].banded([s.columns for s in parse_format(text, columns)], self.deals)
         ordered = [weight[:, order] for weight in weights]
@@ -81,6 +93,12 @@ class Planner:
             omega, local = (sum(units[key][stand_in][unit] for unit in own) for key in ("losses", "local"))
             total += omega * segment_lost / (units["reference"] * local) if local > 0 else 0.0
         return total
+
+
+def _nearest(text: str, columns: int, codes: Iterable[str]) -> str:
+    """The code whose rate is nearest the format's mean one."""
+    bits = sum(s.columns * s.code.index_bits for s in parse_format(text, columns)) / columns
+    return min(codes, key=lambda code: (abs(CODES[code].index_bits - bits), code))
 
 
 def _stand_in(code: str) -> str:
