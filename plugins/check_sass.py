@@ -1,19 +1,21 @@
-"""Static checks of the kernels' machine code, without a GPU: registers, spills, and the instructions of the hot loop.
+"""Static checks of the kernels' machine code, without a GPU: registers, spills, and the instructions of the hot loops.
 
-    python plugins/check_sass.py --architectures 87,90a,110,120 [--codes 2_4_8,4_8_9] [--nvdisasm PATH] [--format json]
+    python plugins/check_sass.py [--architectures 87,90a,110,120] [--sources code_2_4_8,rows] [--format json]
 
-For every code and architecture the kernels are compiled to a cubin. Spills, or more registers than a block of the
-kernel may have, are failures. With nvdisasm (part of the CUDA toolkit; `pip install nvidia-cuda-nvdisasm` brings it
-alone) the hot loop of the one-token kernel is counted too: instructions, lookups (LDS), and the clocks a unit of 128
-rows by 16 columns needs of each pipe by the model of one SM (4 instructions, 2 integer instructions, 1 shared-memory
-wavefront a clock; half an mma). Index bytes a clock are the unit's bytes over the busiest pipe's clocks: a bound of
-the model, not a measurement.
+Every source is compiled to a cubin for every architecture, as many at once as there are processors. Spills, or more
+registers than a block of the kernel may have, are failures. With nvdisasm (of the CUDA toolkit, or `pip install
+nvidia-cuda-nvdisasm`, which brings it alone) the hot loops of the one-token kernels are counted too, float16 and int8
+activations: lookups (LDS) and matrix products must be what the format demands, and all instructions together at most
+TOLERANCE over those in sass_mix.json, which `--record` writes. Shown with them are the clocks a step needs of each pipe
+by the model of one SM (4 instructions, 2 integer instructions, 1 shared-memory wavefront a clock; half a matrix
+product), and the index bytes a clock over the busiest pipe's: a bound of the model, not a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,22 +23,31 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-CODES = ("2_3_8", "2_4_8", "2_5_8", "2_6_6", "2_6_8", "2_8_8", "2_8_9", "4_8_8", "4_8_9")
+RECORD = HERE / "sass_mix.json"
+TOLERANCE = 1.10  # over the recorded instructions: what compiler releases differ by, not what a lost optimization costs
 UNIT_WEIGHTS = 128 * 16
+UNIT_TILES = 8  # row tiles of a unit, one matrix product each
 LARGEST_BLOCK = {"skinny": {1: 512, 2: 256, 4: 256}, "tiled": {2: 256, 4: 256}}
 REGISTERS = 65536
 INTEGER = {"PRMT", "LOP3", "SHF", "IADD3", "ISETP", "LEA", "SEL", "VIMNMX", "IMNMX", "FMNMX", "FSETP", "LOP", "BMSK"}
+OTHER_BLOCK = 512  # the largest of the other kernels
 KERNEL = re.compile(r"(skinny|tiled)_kernelILi(\d)ELi(\d)ELi(\d)ELi(\d)E")
+NAME = re.compile(r"\d+([a-z_0-9]+)_kernel")
+PRODUCTS = {"float16": "HMMA", "int8": "IMMA"}
+LAST = {"float16": "ELi1ELb0ELb1E", "int8": "ELi1ELb1ELb0E"}  # template arguments: one token tile, int8, plain
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's figures; the loop's are None where nvdisasm is missing or the kernel is not the one-token one."""
+    """One kernel's resources."""
 
     name: str
     registers: int
@@ -54,11 +65,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Loop:
-    """The one-token kernel's hot loop."""
+    """A one-token kernel's hot loop. A step of it is one unit of 128 rows by 16 columns, two with int8 activations."""
 
+    activations: str
     instructions: int
     lookups: int
-    mma: int
+    products: int
     clocks: float
     bound_by: str
     index_bytes_per_clock: float
@@ -66,33 +78,64 @@ class Loop:
 
 @dataclass(frozen=True)
 class Compiled:
-    code: str
+    """A source for one architecture."""
+
+    source: str
     architecture: str
     seconds: float
     kernels: tuple[Kernel, ...]
-    loop: Loop | None
+    loops: tuple[Loop, ...]
+
+    def faults(self, record: dict[str, Any]) -> Iterator[str]:
+        """What is wrong, in words; `record` is sass_mix.json's."""
+        place = f"sm_{self.architecture} {self.source}"
+        yield from (f"{place}: {kernel.fault}" for kernel in self.kernels if kernel.fault)
+        known = record.get(self.architecture, {}).get(self.source, {})
+        for loop in self.loops:
+            vector, units = int(self.source.split("_")[1]), 2 if loop.activations == "int8" else 1
+            # A unit has 64 table entries a lane for V = 2 and half of them for V = 4; one int8 product takes two units.
+            lookups, products = units * 4 * UNIT_TILES // (vector // 2), UNIT_TILES
+            if (loop.lookups, loop.products) != (lookups, products):
+                yield (
+                    f"{place}, {loop.activations}: {loop.lookups} lookups and {loop.products} products, expected "
+                    f"{lookups} and {products}"
+                )
+            most = known.get(loop.activations)
+            if most is None:
+                yield f"{place}, {loop.activations}: not in {RECORD.name}; write it with --record"
+            elif loop.instructions > TOLERANCE * most:
+                yield (
+                    f"{place}, {loop.activations}: {loop.instructions} instructions in the loop, recorded {most} and "
+                    f"{TOLERANCE - 1:.0%} allowed; find what was lost, or write the record anew with --record"
+                )
 
 
-def compile_code(code: str, architecture: str, folder: Path, nvdisasm: str | None) -> Compiled:
-    """Compile one code's kernels for one architecture.
+def all_sources() -> tuple[str, ...]:
+    """Names of the .cu files, without the suffix."""
+    return tuple(sorted(path.stem for path in (HERE / "vq_linear").glob("*.cu")))
+
+
+def compile_source(source: str, architecture: str, folder: Path, nvdisasm: str | None) -> Compiled:
+    """Compile one source for one architecture.
 
     Raises:
         RuntimeError: nvcc refuses; with what it said.
     """
-    cubin = folder / f"{code}-{architecture}.cubin"
+    cubin = folder / f"{source}-{architecture}.cubin"
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{HERE}", "-Xptxas", "-v", "-cubin"]
     began = time.perf_counter()
     done = subprocess.run(
-        [*command, str(HERE / "vq_linear" / f"code_{code}.cu"), "-o", str(cubin)], capture_output=True, text=True
+        [*command, str(HERE / "vq_linear" / f"{source}.cu"), "-o", str(cubin)], capture_output=True, text=True
     )
     if done.returncode:
-        raise RuntimeError(f"nvcc refuses code_{code}.cu for sm_{architecture}: {done.stderr.strip()}")
+        raise RuntimeError(f"nvcc refuses {source}.cu for sm_{architecture}: {done.stderr.strip()}")
     kernels = parse_resources(done.stderr)
-    loop = None
-    if nvdisasm:
+    loops: tuple[Loop, ...] = ()
+    if nvdisasm and source.startswith("code_"):
         listing = subprocess.run([nvdisasm, str(cubin)], capture_output=True, text=True, check=True).stdout
-        loop = hot_loop(listing, code)
-    return Compiled(code, architecture, round(time.perf_counter() - began, 1), kernels, loop)
+        found = (hot_loop(listing, source, activations) for activations in PRODUCTS)
+        loops = tuple(loop for loop in found if loop)
+    return Compiled(source, architecture, round(time.perf_counter() - began, 1), kernels, loops)
 
 
 def parse_resources(text: str) -> tuple[Kernel, ...]:
@@ -103,20 +146,24 @@ def parse_resources(text: str) -> tuple[Kernel, ...]:
             name = match[1]
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spilled = int(match[1]) + int(match[2])
-        elif (match := re.search(r"Used (\d+) registers", line)) and (kernel := KERNEL.search(name)):
-            kind, tiles = kernel[1], int(kernel[5])
-            limit = min(255, REGISTERS // LARGEST_BLOCK[kind][tiles])
-            found.append(Kernel(f"{kind}, {tiles} token tiles", int(match[1]), spilled, limit))
+        elif match := re.search(r"Used (\d+) registers", line):
+            if kernel := KERNEL.search(name):
+                shown, threads = f"{kernel[1]}, {kernel[5]} token tiles", LARGEST_BLOCK[kernel[1]][int(kernel[5])]
+            else:
+                plain = NAME.search(name)
+                shown, threads = plain[1] if plain else name, OTHER_BLOCK
+            found.append(Kernel(shown, int(match[1]), spilled, min(255, REGISTERS // threads)))
     return tuple(found)
 
 
-def hot_loop(listing: str, code: str) -> Loop | None:
-    """The innermost loop with mma of the one-token kernel for plain activations."""
+def hot_loop(listing: str, source: str, activations: str) -> Loop | None:
+    """The innermost loop with matrix products of the one-token kernel; None where the code has no such kernel."""
+    wanted = "Li" + source.removeprefix("code_").replace("_", "ELi") + LAST[activations]
     for section in re.split(r"\n\s*\.section\s+\.text\.", listing)[1:]:
         name = section.split(",")[0]
-        if "skinny" in name and name.split("kernelI")[1].startswith("Li" + code.replace("_", "ELi") + "ELi1ELb0ELb1E"):
-            loops = [body for body in loops_of(section) if any(name.startswith("HMMA") for name in body)]
-            return loop_figures(min(loops, key=len), code) if loops else None
+        if "skinny" in name and name.split("kernelI")[1].startswith(wanted):
+            loops = [body for body in loops_of(section) if any(one.startswith(PRODUCTS[activations]) for one in body)]
+            return loop_figures(min(loops, key=len), source, activations) if loops else None
     return None
 
 
@@ -136,31 +183,36 @@ def loops_of(section: str) -> list[list[str]]:
     return found
 
 
-def loop_figures(body: list[str], code: str) -> Loop:
-    vector, shift, _ = (int(part) for part in code.split("_"))
+def loop_figures(body: list[str], source: str, activations: str = "float16") -> Loop:
+    """What `body`, a step of the loop, costs in the model."""
+    vector, shift = (int(part) for part in source.split("_")[1:3])
     mix = Counter(name.split(".")[0] for name in body)
-    units = mix["HMMA"] / 8  # eight row tiles a unit
+    products = mix[PRODUCTS[activations]]
+    units = products / UNIT_TILES * (2 if activations == "int8" else 1)
     pipes = {
         "issue": len(body) / 4,
         "integer": sum(mix[name] for name in INTEGER) / 2,
         "shared memory": float(mix["LDS"]),
-        "tensor": 2.0 * mix["HMMA"],
+        "tensor": 2.0 * products,
     }
     busiest = max(pipes, key=lambda name: pipes[name])
     index_bytes = UNIT_WEIGHTS * shift / vector / 8 * units
     clocks = pipes[busiest]
-    return Loop(len(body), mix["LDS"], mix["HMMA"], clocks, busiest, round(index_bytes / clocks, 1))
+    return Loop(activations, len(body), mix["LDS"], products, clocks, busiest, round(index_bytes / clocks, 1))
 
 
 def find_nvdisasm(given: str | None) -> str | None:
-    return given or shutil.which("nvdisasm")
+    """nvdisasm as given, on PATH, or where its package puts it."""
+    packaged = (path for folder in sys.path for path in Path(folder or ".").glob("nvidia/cu*/bin/nvdisasm"))
+    return given or shutil.which("nvdisasm") or next(map(str, packaged), None)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", default="87,90a,110,120")
-    parser.add_argument("--codes", default=",".join(CODES))
+    parser.add_argument("--sources", default=",".join(all_sources()))
     parser.add_argument("--nvdisasm")
+    parser.add_argument("--record", action="store_true", help=f"write the loops' instructions to {RECORD.name}")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     given = parser.parse_args(arguments)
     if shutil.which("nvcc") is None:
@@ -168,39 +220,51 @@ def main(arguments: list[str] | None = None) -> int:
         return 6
     nvdisasm = find_nvdisasm(given.nvdisasm)
     if nvdisasm is None:
-        print("nvdisasm was not found: loops are not counted", file=sys.stderr)
+        print(
+            "nvdisasm was not found: loops are not counted (pip install nvidia-cuda-nvdisasm)",
+            file=sys.stderr,
+        )
+        if given.record:
+            return 6
+    jobs = [(source, name) for name in given.architectures.split(",") for source in given.sources.split(",")]
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for architecture in given.architectures.split(","):
-            for code in given.codes.split(","):
-                results.append(compile_code(code, architecture, Path(scratch), nvdisasm))
-                if given.format == "text":
-                    print(line_of(results[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(lambda job: compile_source(*job, Path(scratch), nvdisasm), jobs):
+            results.append(result)
+            if given.format == "text":
+                print(line_of(result), flush=True)
     if given.format == "json":
         print(json.dumps([asdict(result) for result in results], indent=1))
-    faults = [
-        f"sm_{result.architecture} {result.code}: {kernel.fault}"
-        for result in results
-        for kernel in result.kernels
-        if kernel.fault
-    ]
+    if given.record:
+        write_record(results)
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    faults = [fault for result in results for fault in result.faults(record)]
     for fault in faults:
         print(fault, file=sys.stderr)
     return 4 if faults else 0
 
 
+def write_record(results: list[Compiled]) -> None:
+    """sass_mix.json: architecture → source → activations → instructions of the loop."""
+    record: dict[str, Any] = {}
+    for result in results:
+        if result.loops:
+            loops = {loop.activations: loop.instructions for loop in result.loops}
+            record.setdefault(result.architecture, {})[result.source] = loops
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def line_of(result: Compiled) -> str:
     most = max(kernel.registers for kernel in result.kernels)
     spilled = sum(kernel.spilled_bytes for kernel in result.kernels)
-    text = (
-        f"sm_{result.architecture:5}{result.code}  {result.seconds:5.1f} s  up to {most} registers, {spilled} B spilled"
-    )
-    if loop := result.loop:
-        text += (
-            f"; loop {loop.instructions} instructions, {loop.lookups} LDS, {loop.mma} HMMA: {loop.clocks:.0f} clocks "
-            f"({loop.bound_by}), {loop.index_bytes_per_clock} index bytes a clock [model]"
+    place = f"sm_{result.architecture:5}{result.source:11}"
+    lines = [f"{place}{result.seconds:5.1f} s  up to {most} registers, {spilled} B spilled"]
+    for loop in result.loops:
+        lines.append(
+            f"    {loop.activations}: {loop.instructions} instructions, {loop.lookups} LDS, {loop.products} products: "
+            f"{loop.clocks:.0f} clocks ({loop.bound_by}), {loop.index_bytes_per_clock} index bytes a clock [model]"
         )
-    return text
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

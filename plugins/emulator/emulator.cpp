@@ -1,6 +1,9 @@
+// Some compilers ask for glibc's checked longjmp, which takes a jump to another stack for a mistake.
+#undef _FORTIFY_SOURCE
 #include "emulator/emulator.h"
 
 #include <cuda_runtime_api.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -17,10 +20,14 @@ namespace {
 
 constexpr std::size_t kStackBytes = 64 * 1024;
 constexpr unsigned kWarp = 32;
-constexpr unsigned char kNeverWritten = 0;
+constexpr unsigned kNobody = ~0u, kSeveral = ~0u - 1;
 
+// A fiber's first turn goes through its context, which has its stack; all later ones through _setjmp and _longjmp, because
+// swapcontext asks the kernel for the signal mask each time.
 struct Fiber {
   ucontext_t context;
+  jmp_buf resume;
+  bool has_begun = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool finished = false;
 };
@@ -34,12 +41,19 @@ struct Warp {
   int32_t integers[16][8];
 };
 
+// A word of shared memory, and who touched it since which barrier: two threads may not touch one between two barriers
+// unless both read. Fibers run in one order only; this finds the races of all the others.
+struct SharedWord {
+  uint32_t value = 0xdeadbeefu;
+  unsigned writer = kNobody, reader = kNobody;
+  uint64_t written_at = 0, read_at = 0;
+};
+
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<uint32_t> shared;
-  std::vector<unsigned char> written;
-  ucontext_t scheduler;
+  std::vector<SharedWord> shared;
+  jmp_buf scheduler;
   unsigned current = 0, alive = 0, waiting = 0;
   uint64_t barrier = 0, progress = 0;
   bool failed = false;
@@ -49,8 +63,7 @@ Block* block = nullptr;
 const std::function<void()>* kernel = nullptr;
 
 void yield_fiber() {
-  Fiber& mine = block->fibers[block->current];
-  swapcontext(&mine.context, &block->scheduler);
+  if (_setjmp(block->fibers[block->current].resume) == 0) _longjmp(block->scheduler, 1);
 }
 
 void start_fiber() {
@@ -59,7 +72,15 @@ void start_fiber() {
   mine.finished = true;
   --block->alive;
   ++block->progress;
-  swapcontext(&mine.context, &block->scheduler);
+  _longjmp(block->scheduler, 1);
+}
+
+// Runs a fiber until it yields or ends.
+void turn_of(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.has_begun) _longjmp(fiber.resume, 1);
+  fiber.has_begun = true;
+  setcontext(&fiber.context);
 }
 
 Index index_of(unsigned linear, const Index& size) {
@@ -74,20 +95,19 @@ void run_block(const Index& size) {
       if (block->fibers[i].finished) continue;
       block->current = i;
       thread_index = index_of(i, size);
-      swapcontext(&block->scheduler, &block->fibers[i].context);
+      turn_of(block->fibers[i]);
     }
     if (block->progress == before && !block->failed) fault("threads wait at collectives that others never reach");
   }
 }
 
 void start_block(Block& fresh, std::size_t shared_bytes, unsigned threads) {
-  fresh.shared.assign((shared_bytes + 3) / 4, 0xdeadbeefu);
-  fresh.written.assign(fresh.shared.size(), kNeverWritten);
+  fresh.shared.assign((shared_bytes + 3) / 4, SharedWord{});
   fresh.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   fresh.alive = threads;
   fresh.waiting = 0;
   for (Fiber& fiber : fresh.fibers) {
-    fiber.finished = false;
+    fiber.finished = fiber.has_begun = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -157,28 +177,42 @@ uint32_t read_shared(uint32_t offset) {
     fault("shared memory read out of bounds or off its alignment");
     return 0;
   }
-  if (!block->written[offset / 4]) fault("shared memory read before it was written");
-  return block->shared[offset / 4];
+  SharedWord& word = block->shared[offset / 4];
+  if (word.writer == kNobody) fault("shared memory read before it was written");
+  if (word.written_at == block->barrier && word.writer != block->current)
+    fault("shared memory read that another thread wrote since the last barrier");
+  const bool is_first = word.reader == kNobody || word.read_at != block->barrier;
+  word.reader = is_first || word.reader == block->current ? block->current : kSeveral;
+  word.read_at = block->barrier;
+  return word.value;
 }
 
 void write_shared(uint32_t offset, uint32_t value) {
   if (offset % 4 || offset / 4 >= block->shared.size()) return fault("shared memory written out of bounds");
-  block->written[offset / 4] = 1;
-  block->shared[offset / 4] = value;
+  SharedWord& word = block->shared[offset / 4];
+  if (word.writer != kNobody && word.written_at == block->barrier && word.writer != block->current)
+    fault("shared memory written that another thread wrote since the last barrier");
+  if (word.reader != kNobody && word.read_at == block->barrier && word.reader != block->current)
+    fault("shared memory written that another thread read since the last barrier");
+  word.writer = block->current;
+  word.written_at = block->barrier;
+  word.value = value;
 }
 
 // A 16x16 row-major: a0 (g, 2q), a1 (g+8, 2q), a2 (g, 2q+8), a3 (g+8, 2q+8), two columns each; B 16x8: b0 (2q, g),
 // b1 (2q+8, g), two rows each; C 16x8: c0 c1 (g, 2q), c2 c3 (g+8, 2q); lane = 4·g + q.
 void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Warp& warp = join_warp(a, b, [](Warp& w) {
+    double left[16][16], right[8][16];
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned q = k % 8 / 2, half = k / 8;
+      for (unsigned m = 0; m < 16; ++m) left[m][k] = half_at(w.a[4 * (m % 8) + q][m / 8 + 2 * half], k % 2);
+      for (unsigned n = 0; n < 8; ++n) right[n][k] = half_at(w.b[4 * n + q][half], k % 2);
+    }
     for (unsigned m = 0; m < 16; ++m)
       for (unsigned n = 0; n < 8; ++n) {
         double sum = 0;
-        for (unsigned k = 0; k < 16; ++k) {
-          const unsigned q = k % 8 / 2, half = k / 8;
-          sum += static_cast<double>(half_at(w.a[4 * (m % 8) + q][m / 8 + 2 * half], k % 2)) *
-                 half_at(w.b[4 * n + q][half], k % 2);
-        }
+        for (unsigned k = 0; k < 16; ++k) sum += left[m][k] * right[n][k];
         w.product[m][n] = static_cast<float>(sum);
       }
   });

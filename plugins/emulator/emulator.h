@@ -4,8 +4,8 @@
 //
 // Each thread of a block is a fiber; fibers run one after another and stop only at collectives (mma: 32 lanes;
 // __syncthreads: the block). Blocks run one after another. What the hardware would leave undefined is an error here: a
-// collective that some lanes never reach, shared memory out of bounds or read before it was written, vector loads off
-// their alignment. An error ends the launch with cudaErrorLaunchFailure and a line on stderr.
+// collective that some lanes never reach; shared memory out of bounds, read before it was written, or touched by two
+// threads between two barriers of which one writes; vector loads off their alignment. An error ends the launch with cudaErrorLaunchFailure and a line on stderr.
 #pragma once
 
 #include <cstddef>

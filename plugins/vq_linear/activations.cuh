@@ -1,7 +1,9 @@
-// Activations on their way to B fragments: fp16 or fp32 in, zero beyond the last column and token.
+// Activations on their way to B fragments: fp16 or fp32 in, zero beyond the last column and token; and results on their
+// way out.
 #pragma once
 
 #include "vq_linear/device.cuh"
+#include "vq_linear/kernels.h"
 
 namespace mgvq {
 
@@ -52,33 +54,62 @@ MGVQ_DEVICE uint32_t activation_quad(const Activation& x, int64_t token, int64_t
   return out;
 }
 
-// Where results go: y, or a slice of fp32 partial sums.
+// Element `place` of an array of a floating type, as float32.
+MGVQ_DEVICE float value_at(const void* data, MgvqType type, int64_t place) {
+  if (type == kMgvqFloat16) return float_of_half(static_cast<const uint16_t*>(data)[place]);
+  if (type == kMgvqBfloat16) return float_of_bfloat(static_cast<const uint16_t*>(data)[place]);
+  return static_cast<const float*>(data)[place];
+}
+
+// Where results go, rounded once.
 struct Output {
   void* data;
-  int64_t stride;     // elements from token to token
-  bool is_float;
-  const void* bias;   // [rows] or null
-  bool bias_is_float;
+  int64_t stride;      // elements from token to token
+  MgvqType type;       // fp16, fp32 or bf16
+  bool quads_aligned;  // every fourth row of every token lies on four elements' alignment
+  const void* bias;    // [rows] or null
+  MgvqType bias_type;
 };
 
-MGVQ_DEVICE float bias_of(const Output& y, int64_t row) {
-  if (!y.bias) return 0.0f;
-  return y.bias_is_float ? static_cast<const float*>(y.bias)[row]
-                         : float_of_half(static_cast<const uint16_t*>(y.bias)[row]);
+inline int size_of(MgvqType type) { return type == kMgvqFloat16 || type == kMgvqBfloat16 ? 2 : 4; }
+
+inline bool quads_are_aligned(const void* data, MgvqType type, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % (4 * size_of(type)) == 0 && stride % 4 == 0;
+}
+
+MGVQ_DEVICE float bias_of(const Output& y, int64_t row) { return y.bias ? value_at(y.bias, y.bias_type, row) : 0.0f; }
+
+MGVQ_DEVICE uint16_t short_of_float(MgvqType type, float value) {
+  return type == kMgvqFloat16 ? half_of_float(value) : bfloat_of_float(value);
 }
 
 MGVQ_DEVICE void store(const Output& y, int64_t token, int64_t row, float value) {
   const int64_t place = token * y.stride + row;
-  if (y.is_float)
+  if (y.type == kMgvqFloat32)
     static_cast<float*>(y.data)[place] = value;
   else
-    static_cast<uint16_t*>(y.data)[place] = half_of_float(value);
+    static_cast<uint16_t*>(y.data)[place] = short_of_float(y.type, value);
 }
 
-MGVQ_DEVICE float stored(const Output& y, int64_t token, int64_t row) {
+// The first `count` of four neighbouring rows; row is a multiple of 4.
+MGVQ_DEVICE void store_quad(const Output& y, int64_t token, int64_t row, int count, const float (&values)[4]) {
+  if (count < 4 || !y.quads_aligned) {
+    MGVQ_UNROLL for (int i = 0; i < 4; ++i)
+      if (i < count) store(y, token, row + i, values[i]);
+    return;
+  }
   const int64_t place = token * y.stride + row;
-  return y.is_float ? static_cast<const float*>(y.data)[place]
-                    : float_of_half(static_cast<const uint16_t*>(y.data)[place]);
+  if (y.type == kMgvqFloat32) {
+    const uint32_t words[4] = {bits_of_float(values[0]), bits_of_float(values[1]), bits_of_float(values[2]),
+                               bits_of_float(values[3])};
+    put_words(static_cast<float*>(y.data) + place, words);
+  } else {
+    uint32_t words[2];
+    MGVQ_UNROLL for (int i = 0; i < 2; ++i)
+      words[i] = short_of_float(y.type, values[2 * i]) |
+                 static_cast<uint32_t>(short_of_float(y.type, values[2 * i + 1])) << 16;
+    put_words(static_cast<uint16_t*>(y.data) + place, words);
+  }
 }
 
 }  // namespace mgvq

@@ -40,5 +40,9 @@ inline constexpr char kAttributeVector[] = "vector";  // 2..4: V: weights a look
 inline constexpr char kAttributeShift[] = "shift";  // 1..8: k: stream bits a lookup
 inline constexpr char kAttributeWindow[] = "window";  // 1..9: L: window bits, at least shift
 inline constexpr char kAttributeFormatVersion[] = "format_version";  // 1..1: version of the weight format
+inline constexpr int kRequiredAttributes = 6;
+
+// VQLinear's alone; 0 where it is absent.
+inline constexpr char kAttributeAllowInt8[] = "allow_int8";  // 0..1: tactics may round x to int8 (vector = 4 has them)
 
 }  // namespace mgvq::contract

@@ -46,11 +46,20 @@ inline void put_shared4(uint32_t offset, uint32_t word) {
   if (offset % 16) emulator::fault("16-byte store to shared memory off its alignment");
   for (uint32_t i = 0; i < 16; i += 4) emulator::write_shared(offset + i, word);
 }
+inline void shared_words(uint32_t offset, uint32_t (&out)[4]) {
+  if (offset % 16) emulator::fault("16-byte load from shared memory off its alignment");
+  for (uint32_t i = 0; i < 4; ++i) out[i] = emulator::read_shared(offset + 4 * i);
+}
 inline void sync_threads() { emulator::sync_threads(); }
 template <int Words>
 inline void load_stream(const void* from, uint32_t (&out)[Words]) {
   if (reinterpret_cast<uintptr_t>(from) % (4 * Words == 12 ? 4 : 4 * Words)) emulator::fault("vector load off its alignment");
   std::memcpy(out, from, 4 * Words);
+}
+template <int Words>
+inline void put_words(void* to, const uint32_t (&words)[Words]) {
+  if (reinterpret_cast<uintptr_t>(to) % (4 * Words)) emulator::fault("vector store off its alignment");
+  std::memcpy(to, words, 4 * Words);
 }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulator::mma_f16(c, a, b); }
 inline void mma(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulator::mma_s8(c, a, b); }
@@ -60,7 +69,8 @@ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
   const auto one = [](uint32_t x, uint32_t y) { return static_cast<uint32_t>(half_of_float(float_of_half(x) - float_of_half(y))); };
   return one(a & 0xffff, b & 0xffff) | one(a >> 16, b >> 16) << 16;
 }
-inline int round_to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
+// NaN gives 0, as cvt.rni.s32.f32 does.
+inline int round_to_int(float value) { return value != value ? 0 : static_cast<int>(std::nearbyint(value)); }
 inline float clamped(float value, float limit) { return value != value ? value : std::fmin(std::fmax(value, -limit), limit); }
 
 template <typename... Parameters, typename... Arguments>
@@ -103,6 +113,10 @@ MGVQ_DEVICE void put_shared(uint32_t offset, uint32_t word) {
 MGVQ_DEVICE void put_shared4(uint32_t offset, uint32_t word) {
   *reinterpret_cast<uint4*>(shared_bytes_of_block + offset) = make_uint4(word, word, word, word);
 }
+MGVQ_DEVICE void shared_words(uint32_t offset, uint32_t (&out)[4]) {
+  const uint4 words = *reinterpret_cast<const uint4*>(shared_bytes_of_block + offset);
+  out[0] = words.x, out[1] = words.y, out[2] = words.z, out[3] = words.w;
+}
 MGVQ_DEVICE void sync_threads() { __syncthreads(); }
 
 // Weights are read once: past L1, and L2 may forget them.
@@ -119,6 +133,16 @@ MGVQ_DEVICE void load_stream(const void* from, uint32_t (&out)[Words]) {
       asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];"
                    : "=r"(out[i]) : "l"(static_cast<const uint32_t*>(from) + i));
   }
+}
+
+// One store of 8 or 16 bytes, aligned to its size.
+template <int Words>
+MGVQ_DEVICE void put_words(void* to, const uint32_t (&words)[Words]) {
+  static_assert(Words == 2 || Words == 4, "8 or 16 bytes");
+  if constexpr (Words == 2)
+    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  else
+    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 MGVQ_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -175,5 +199,14 @@ MGVQ_DEVICE float float_from_bits(uint32_t bits) {
   return value;
 }
 inline constexpr float kLargestHalf = 65504.0f;
+
+// A bfloat16 is a float32's upper half.
+MGVQ_DEVICE float float_of_bfloat(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
+// Nearest, ties to even; NaN stays NaN, and what lies beyond the largest becomes infinite by the carry.
+MGVQ_DEVICE uint16_t bfloat_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 }  // namespace mgvq

@@ -9,6 +9,9 @@ constexpr int64_t kMostTokens = int64_t{1} << 20;
 constexpr int64_t kMostSize = int64_t{1} << 30;  // rows and columns; places are counted in 64 bits, blocks in 32
 constexpr int kMostSplit = 16;
 constexpr std::size_t kMostWorkspace = std::size_t{8} << 20;
+constexpr int64_t kPanelTokens = 4096;  // with 512 rows: 128 blocks of the tiled kernel, most GPUs' share
+// 2^31 / (128 · 127), the largest product of int8 numbers, rounded down to a power of two: sums are int32.
+constexpr int64_t kMostInt8Columns = int64_t{1} << 17;
 // Barriers, the sum of the warps and the write-back of an item, in units of 128 rows by 16 columns a warp.
 constexpr double kItemOverhead = 4.0;
 
@@ -19,9 +22,9 @@ int64_t blocks_of(const Problem& problem, int segment) {
   return padded(problem.segments[segment].columns, kColumnGroup) / kColumnGroup;
 }
 
-bool all_int8(const Problem& problem) {
+bool takes_int8(const Problem& problem) {
   for (int i = 0; i < problem.segment_count; ++i)
-    if (problem.segments[i].code.vector != 4) return false;
+    if (problem.segments[i].code.vector != 4 || problem.segments[i].columns > kMostInt8Columns) return false;
   return true;
 }
 
@@ -71,7 +74,7 @@ const char* refusal(const Problem& problem, int sm) {
 
 bool is_valid(const Tactic& tactic, const Problem& problem, const Device& device) {
   if (refusal(problem, device.sm)) return false;
-  if (tactic.activations == Activations::kInt8 && !all_int8(problem)) return false;
+  if (tactic.activations == Activations::kInt8 && !takes_int8(problem)) return false;
   if (tactic.regime == Regime::kSkinny)
     return problem.tokens <= kMostSkinnyTokens && tactic.split >= 1 && tactic.split <= kMostSplit &&
            workspace_bytes(problem, device, tactic) <= kMostWorkspace;
@@ -81,6 +84,8 @@ bool is_valid(const Tactic& tactic, const Problem& problem, const Device& device
 Tactic default_tactic(const Problem& problem, const Device& device) {
   if (problem.tokens > kMostSkinnyTokens) return {Regime::kTiled, Activations::kFloat16, 1};
   Tactic best{Regime::kSkinny, Activations::kFloat16, 1};
+  // Several segments of very many rows: their sums, one slot a segment, are more than the workspace may hold.
+  if (!is_valid(best, problem, device)) return {Regime::kTiled, Activations::kFloat16, 1};
   double least = modelled_time(problem, device, 1);
   for (int split = 2; split <= kMostSplit; ++split) {
     const Tactic tactic{Regime::kSkinny, Activations::kFloat16, split};
@@ -112,7 +117,7 @@ int valid_tactics(const Problem& problem, const Device& device, bool allow_int8,
     for (int split = 1; split <= kMostSplit; split *= 2) other({Regime::kSkinny, activations, split});
     if (first.regime == Regime::kSkinny && (first.split & (first.split - 1)) != 0)
       other({Regime::kSkinny, activations, first.split});
-    if (problem.tokens > 16) other({Regime::kTiled, activations, 1});
+    if (problem.tokens > 16 || first.regime == Regime::kTiled) other({Regime::kTiled, activations, 1});
   }
   return count;
 }
@@ -130,12 +135,28 @@ bool tactic_from_id(int id, Tactic* out) {
 
 std::size_t scale_bytes(const Problem& problem, const Tactic& tactic) {
   if (tactic.activations != Activations::kInt8) return 0;
-  return rounded(static_cast<std::size_t>(problem.tokens) * sizeof(float));
+  const std::size_t scales = rounded(static_cast<std::size_t>(problem.tokens) * sizeof(float));
+  if (tactic.regime != Regime::kSkinny) return scales;
+  return scales + rounded(static_cast<std::size_t>(problem.tokens * int8_stride(problem)));
+}
+
+int64_t int8_stride(const Problem& problem) { return padded(problem.columns(), 2 * kColumnGroup); }
+
+Panel panel_of(const Problem& problem, const Tactic& tactic) {
+  if (problem.segment_count == 1) return {problem.rows, problem.tokens};
+  const auto sums = static_cast<int64_t>((kMostWorkspace - scale_bytes(problem, tactic)) / sizeof(float));
+  const int64_t tokens = problem.tokens < kPanelTokens ? problem.tokens : kPanelTokens;
+  const int64_t rows = sums / (tokens > 0 ? tokens : 1) / kRowGroup * kRowGroup;
+  return {rows < problem.rows ? rows : problem.rows, tokens};
 }
 
 std::size_t workspace_bytes(const Problem& problem, const Device&, const Tactic& tactic) {
   std::size_t bytes = scale_bytes(problem, tactic);
-  if (tactic.regime != Regime::kSkinny) return bytes;
+  if (tactic.regime != Regime::kSkinny) {
+    if (problem.segment_count == 1) return bytes;
+    const std::size_t sums = rounded(static_cast<std::size_t>(problem.tokens * problem.rows) * sizeof(float));
+    return bytes + (sums < kMostWorkspace - bytes ? sums : kMostWorkspace - bytes);
+  }
   int64_t slots = 0;
   for (int i = 0; i < problem.segment_count; ++i) slots += parts_of(problem, i, tactic);
   if (slots > 1) bytes += rounded(static_cast<std::size_t>(slots * problem.tokens * problem.rows) * sizeof(float));

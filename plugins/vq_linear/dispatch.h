@@ -63,10 +63,19 @@ bool tactic_from_id(int id, Tactic* out);
 // Device memory the launch needs beyond its arguments, in bytes; its contents may be anything before and after.
 std::size_t workspace_bytes(const Problem& problem, const Device& device, const Tactic& tactic);
 
+// Part of y that one launch of the tiled kernel makes: all of it for a weight of one segment. Segments of more add their
+// sums up in fp32, in workspace, and a panel is what that holds.
+struct Panel {
+  int64_t rows, tokens;
+};
+Panel panel_of(const Problem& problem, const Tactic& tactic);
+
 // What the launchers ask beside: how many blocks share a segment's columns; how many blocks of the skinny kernel the device
-// runs at once; the bytes at the workspace's front that hold the tokens' int8 scales.
+// runs at once; the bytes at the workspace's front that hold the tokens' int8 scales, and with kSkinny x in int8 behind
+// them, in rows of `int8_stride` bytes.
 int parts_of(const Problem& problem, int segment, const Tactic& tactic);
 int blocks_at_once(const Device& device);
 std::size_t scale_bytes(const Problem& problem, const Tactic& tactic);
+int64_t int8_stride(const Problem& problem);
 
 }  // namespace mgvq

@@ -57,22 +57,26 @@ MGVQ_KERNEL(kThreads, 1) embedding_kernel(Stored w, const void* ids, bool ids_ar
     store(out, place, w.first_column + column, inside ? weight_at(w, id, column) : 0.0f);
 }
 
-MGVQ_KERNEL(kThreads, 1) merge_kernel(Output embeddings, Output features, const int32_t* place, int64_t feature_count,
-                                      int64_t width) {
+MGVQ_KERNEL(kThreads, 1) merge_kernel(Output embeddings, const void* features, const int32_t* place,
+                                      int64_t feature_count, int64_t width) {
   const int64_t row = MGVQ_BLOCK, from = place[row];
   if (from < 0 || from >= feature_count) return;
   for (int64_t column = MGVQ_THREAD; column < width; column += MGVQ_THREADS)
-    store(embeddings, row, column, stored(features, from, column));
+    store(embeddings, row, column, value_at(features, embeddings.type, from * width + column));
 }
 
-// One word a thread and quarter, folded so that no load can be left out; the last writer of sink wins.
+// Folded so that no load can be left out; the last writer of sink wins. Four loads of a thread are under way at once:
+// with one, 2,048 threads hold 32 KiB in flight, about what a multiprocessor of an H200 needs and no more
+// (vq-kernels.md 3.1).
 MGVQ_KERNEL(512, 1) read_kernel(const unsigned char* data, int64_t quads, uint32_t* sink) {
+  constexpr int kAtOnce = 4;
   uint32_t sum = 0;
   const int64_t step = int64_t{MGVQ_BLOCKS} * MGVQ_THREADS;
-  MGVQ_UNROLL for (int64_t i = int64_t{MGVQ_BLOCK} * MGVQ_THREADS + MGVQ_THREAD; i < quads; i += step) {
-    uint32_t words[4];
-    load_stream<4>(data + 16 * i, words);
-    sum ^= words[0] ^ words[1] ^ words[2] ^ words[3];
+  for (int64_t i = int64_t{MGVQ_BLOCK} * MGVQ_THREADS + MGVQ_THREAD; i < quads; i += kAtOnce * step) {
+    uint32_t words[kAtOnce][4] = {};
+    MGVQ_UNROLL for (int n = 0; n < kAtOnce; ++n)
+      if (i + n * step < quads) load_stream(data + 16 * (i + n * step), words[n]);
+    MGVQ_UNROLL for (int n = 0; n < kAtOnce; ++n) sum ^= words[n][0] ^ words[n][1] ^ words[n][2] ^ words[n][3];
   }
   if (sum == 0x9e3779b9u) *sink = sum;
 }
@@ -88,8 +92,6 @@ int64_t columns_of(const MgvqMatrix& weight) {
   for (int i = 0; i < weight.segment_count; ++i) sum += weight.segments[i].columns;
   return sum;
 }
-
-bool is_floating(MgvqType type) { return type == kMgvqFloat16 || type == kMgvqFloat32; }
 
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
@@ -118,14 +120,14 @@ cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType i
   reason_text[0] = 0;
   if (const char* reason = check_weight(weight)) return refuse(reason);
   if (ids_type != kMgvqInt32 && ids_type != kMgvqInt64) return refuse("ids must be int32 or int64");
-  if (!is_floating(out_type)) return refuse("out must be fp16 or fp32");
+  if (!is_floating(out_type)) return refuse("out must be fp16, fp32 or bf16");
   if (count < 0 || count > kMostBlocks) return refuse("count must lie in 0..2^31 - 1");
   if (count == 0) return cudaSuccess;
   if (!ids || reinterpret_cast<uintptr_t>(ids) % (ids_type == kMgvqInt64 ? 8 : 4))
     return refuse("ids are null or not aligned to their element");
-  if (!out || reinterpret_cast<uintptr_t>(out) % (out_type == kMgvqFloat16 ? 2 : 4))
+  if (!out || reinterpret_cast<uintptr_t>(out) % static_cast<unsigned>(size_of(out_type)))
     return refuse("out is null or not aligned to its element");
-  const Output target{out, columns_of(*weight), out_type == kMgvqFloat32, nullptr, false};
+  const Output target{out, columns_of(*weight), out_type, false, nullptr, kMgvqFloat16};
   int64_t column = 0;
   for (int i = 0; i < weight->segment_count; ++i) {
     const cudaError_t error = launch(embedding_kernel, static_cast<unsigned>(count), 1, kThreads, 0, stream,
@@ -140,17 +142,15 @@ cudaError_t mgvq_merge_features(void* embeddings, const void* features, const in
                                 int64_t feature_count, int64_t width, MgvqType type, cudaStream_t stream) {
   using namespace mgvq;
   reason_text[0] = 0;
-  if (!is_floating(type)) return refuse("embeddings and features must be fp16 or fp32");
+  if (!is_floating(type)) return refuse("embeddings and features must be fp16, fp32 or bf16");
   if (count < 0 || count > kMostBlocks || feature_count < 0 || width < 1) return refuse("a size is negative or too large");
   if (count == 0) return cudaSuccess;
-  const uintptr_t size = type == kMgvqFloat16 ? 2 : 4;
+  const auto size = static_cast<uintptr_t>(size_of(type));
   if (!embeddings || (!features && feature_count) || !place || reinterpret_cast<uintptr_t>(embeddings) % size ||
       reinterpret_cast<uintptr_t>(features) % size || reinterpret_cast<uintptr_t>(place) % 4)
     return refuse("embeddings, features or place is null or not aligned to its element");
-  const bool is_float = type == kMgvqFloat32;
   return launch(merge_kernel, static_cast<unsigned>(count), 1, kThreads, 0, stream,
-                Output{embeddings, width, is_float, nullptr, false},
-                Output{const_cast<void*>(features), width, is_float, nullptr, false}, place, feature_count, width);
+                Output{embeddings, width, type, false, nullptr, type}, features, place, feature_count, width);
 }
 
 cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStream_t stream) {
@@ -158,10 +158,8 @@ cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStrea
   reason_text[0] = 0;
   if (!data || !sink || reinterpret_cast<uintptr_t>(data) % 16 || bytes < 16 || bytes % 16)
     return refuse("data must be aligned to 16 bytes and a positive multiple of 16 bytes; sink must not be null");
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  return launch(read_kernel, static_cast<unsigned>(4 * multiprocessors), 1, 512, 0, stream,
+  Device device;
+  if (!current_device(&device)) return refuse("there is no CUDA device, or its attributes cannot be read");
+  return launch(read_kernel, static_cast<unsigned>(4 * device.multiprocessors), 1, 512, 0, stream,
                 static_cast<const unsigned char*>(data), bytes / 16, sink);
 }

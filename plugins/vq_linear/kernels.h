@@ -30,26 +30,41 @@ struct MgvqMatrix {
   int32_t reserved;
 };
 
-enum MgvqType : int32_t { kMgvqFloat16 = 0, kMgvqFloat32 = 1, kMgvqInt32 = 2, kMgvqInt64 = 3 };
+// kMgvqFloat32Scaled is for x of mgvq_linear alone: fp32 whose rows are scaled as bf16's are.
+enum MgvqType : int32_t {
+  kMgvqFloat16 = 0,
+  kMgvqFloat32 = 1,
+  kMgvqInt32 = 2,
+  kMgvqInt64 = 3,
+  kMgvqBfloat16 = 4,
+  kMgvqFloat32Scaled = 5
+};
 
 // Version of this header; a caller refuses a library with another one.
-inline constexpr int32_t kMgvqAbi = 1;
+inline constexpr int32_t kMgvqAbi = 2;
 MGVQ_API int32_t mgvq_abi();
 // Compute capabilities the library carries machine code for, ascending ("80 86 87"): a static string.
 MGVQ_API const char* mgvq_architectures();
 // Why the last call of this thread was refused; "" when it was not.
 MGVQ_API const char* mgvq_reason();
 
-// Bytes of workspace mgvq_linear needs for `tokens` with a tactic (0: the default) on the current device; -1 on a refusal.
-MGVQ_API int64_t mgvq_linear_workspace(const MgvqMatrix* weight, int64_t tokens, int32_t tactic);
+// Bytes of workspace mgvq_linear needs for `tokens` of x_type with a tactic (0: the default) on the current device; -1 on a
+// refusal. At most 8 MiB, and a fp16 copy of x for the types that are scaled.
+MGVQ_API int64_t mgvq_linear_workspace(const MgvqMatrix* weight, MgvqType x_type, int64_t tokens, int32_t tactic);
 
-// y = x Wᵀ + bias. Products in fp16 (x rounded to fp16, clamped to ±65504), sums in fp32, each segment's sum times its row
-// scale in fp32, then the bias, then one rounding to y's type. tokens 0 does nothing.
-//   x [tokens, columns], row stride x_stride elements; x_type fp16 or fp32; aligned to its element (rows on 16 bytes load
-//   faster, with the same result)
-//   y [tokens, rows], row stride y_stride elements; y_type fp16 or fp32; aligned to its element
-//   bias [rows] in bias_type, or null
+// y = x Wᵀ + bias. Products in fp16, sums in fp32, each segment's sum times its row scale in fp32, then the bias, then one
+// rounding to y's type. tokens 0 does nothing. What x becomes first, by its type:
+//   fp16            nothing
+//   fp32            clamped to ±65504 and rounded to fp16; NaN stays NaN
+//   bf16, fp32      every row times the power of two that brings its largest magnitude into 2^14..2^15, rounded to fp16;
+//   scaled          sums are scaled back in fp32. No row overflows or vanishes; one that is not finite gives NaN
+// Arguments:
+//   x [tokens, columns], row stride x_stride elements; aligned to its element (rows on 16 bytes load faster, with the same
+//   result)
+//   y [tokens, rows], row stride y_stride elements; y_type fp16, fp32 or bf16; aligned to its element
+//   bias [rows] in bias_type (fp16, fp32 or bf16), or null
 //   tactic: mgvq::id_of, 0 for the default
+//   workspace: 16-byte aligned, may hold anything
 MGVQ_API cudaError_t mgvq_linear(const MgvqMatrix* weight, const void* x, MgvqType x_type, int64_t x_stride, void* y,
                                  MgvqType y_type, int64_t y_stride, const void* bias, MgvqType bias_type, int64_t tokens,
                                  int32_t tactic, void* workspace, int64_t workspace_size, cudaStream_t stream);
@@ -57,13 +72,13 @@ MGVQ_API cudaError_t mgvq_linear(const MgvqMatrix* weight, const void* x, MgvqTy
 // out[rows, columns] fp16 = round(scale · entry), row stride out_stride elements: the oracle, and the way to cuBLAS.
 MGVQ_API cudaError_t mgvq_dequantize(const MgvqMatrix* weight, void* out, int64_t out_stride, cudaStream_t stream);
 
-// out[i, :] = W[ids[i], :] in out_type (fp16 or fp32), rounded once from the exact product; ids int32 or int64. An id outside
+// out[i, :] = W[ids[i], :] in out_type (fp16, fp32 or bf16), rounded once from the exact product; ids int32 or int64. An id outside
 // 0..rows-1 gives a row of zeros.
 MGVQ_API cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType ids_type, int64_t count, void* out,
                                     MgvqType out_type, cudaStream_t stream);
 
 // embeddings[i, :] = features[place[i], :] where place[i] >= 0, else untouched: image features over their token positions.
-//   embeddings [count, width], features [feature_count, width], both of `type`; place int32[count], below feature_count
+//   embeddings [count, width], features [feature_count, width], both of `type` (fp16, fp32 or bf16); place int32[count], below feature_count
 MGVQ_API cudaError_t mgvq_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
                                          int64_t feature_count, int64_t width, MgvqType type, cudaStream_t stream);
 

@@ -56,6 +56,16 @@ constexpr bool is_known(const Code& code) {
   return false;
 }
 
+// Numbers from `begin` to below `end`.
+struct Range {
+  int64_t begin, end;
+};
+
+// Part `part` of 0…`steps` - 1 cut into `parts`: together they are all of them, each once, and their sizes differ by one.
+MGVQ_BOTH constexpr Range part_of(int64_t steps, int part, int parts) {
+  return {steps * part / parts, steps * (part + 1) / parts};
+}
+
 MGVQ_BOTH constexpr int64_t padded(int64_t size, int64_t group) { return (size + group - 1) / group * group; }
 
 // Bytes of the packed codes of a matrix, padding included.

@@ -6,8 +6,9 @@
 
 namespace mgvq {
 
-// One segment of a linear. `partial` null: results, with bias, go to y; else row-scaled sums go to
-// partial[first_slot + part][token][row], fp32, and `reduce` adds them up.
+// One segment of a linear, or of a panel of its rows and tokens. `partial` null: results, with bias, go to y. Else skinny
+// writes row-scaled sums to partial[first_slot + part][token][row], fp32, which `reduce` adds up; tiled writes them to
+// partial[token][row].
 struct SegmentLaunch {
   const unsigned char* codes;
   const void* table;
@@ -15,12 +16,15 @@ struct SegmentLaunch {
   Activation x;
   Output y;
   float* partial;
-  const float* token_scales;  // int8 activations: largest |x| of each token / 127; else null
+  const float* before;         // tiled: [token][row], what the segments before add up to; or null
+  const int8_t* bytes;         // skinny with int8 activations: x in int8 (rows.h); else null
+  int64_t bytes_stride;
+  const float* token_scales;   // tiled with int8 activations: largest |x| of each token / 127; else null
+  const float* token_factors;  // what x's rows were divided by (rows.h), or null
   int64_t rows;
   int column_blocks;          // of 16
   int parts;                  // how many blocks share the columns of a row group (skinny)
   int first_slot;
-  bool adds;                  // tiled: add to what y holds
 };
 
 // Launchers of one code. `int8` is for V = 4 alone.

@@ -1,4 +1,4 @@
-// Why a call was refused: the text behind mgvq_reason(), and the checks that more than one launcher makes.
+// Why a call was refused: the text behind mgvq_reason(), and what more than one launcher checks or asks.
 #pragma once
 
 #include <cstdio>
@@ -13,6 +13,14 @@ extern thread_local char reason_text[256];
 inline cudaError_t refuse(const char* reason) {
   std::snprintf(reason_text, sizeof reason_text, "%s", reason);
   return cudaErrorInvalidValue;
+}
+
+// What the dispatcher wants to know of the current device; false where there is none. The driver is asked once a device:
+// a launch of a few microseconds must not wait for it.
+bool current_device(Device* out);
+
+inline bool is_floating(MgvqType type) {
+  return type == kMgvqFloat16 || type == kMgvqFloat32 || type == kMgvqBfloat16;
 }
 
 // The problem of a weight and a number of tokens; nullptr, or why it has none.

@@ -41,8 +41,7 @@ struct UnitStream {
   Decoding unit[kBlocks];
   uint32_t x[kTokenTiles][2];
 
-  MGVQ_DEVICE void load(const SegmentLaunch& a, const unsigned char* row_group, int block, int lane,
-                        const float (&inverse)[kTokenTiles]) {
+  MGVQ_DEVICE void load(const SegmentLaunch& a, const unsigned char* row_group, int block, int lane) {
     MGVQ_UNROLL for (int i = 0; i < kBlocks; ++i) {
       // Behind an odd last block x is zero, so that any weights do: those of the last block again.
       const int here = block + i < a.column_blocks ? block + i : a.column_blocks - 1;
@@ -52,7 +51,10 @@ struct UnitStream {
     MGVQ_UNROLL for (int n = 0; n < kTokenTiles; ++n)
       MGVQ_UNROLL for (int half = 0; half < 2; ++half) {
         if constexpr (kInt8)
-          x[n][half] = activation_quad(a.x, 8 * n + g, 16 * int64_t{block} + 16 * half + 4 * q, inverse[n]);
+          x[n][half] = 8 * n + g < a.x.tokens
+                           ? *reinterpret_cast<const uint32_t*>(a.bytes + (8 * n + g) * a.bytes_stride +
+                                                                16 * int64_t{block} + 16 * half + 4 * q)
+                           : 0;
         else
           x[n][half] = activation_pair<kPlain>(a.x, 8 * n + g, 16 * int64_t{block} + column_of_lane<Decoding>(q, half));
       }
@@ -79,7 +81,7 @@ MGVQ_DEVICE void finish_item(const SegmentLaunch& a, int group, int part, uint32
       const int64_t row = int64_t{group} * kRowGroup + 16 * tile + place % 16;
       if (row < a.rows && token < a.x.tokens) {
         float value = static_cast<float>(sum) * float_of_half(a.scales[row]);
-        if (a.token_scales) value *= a.token_scales[token];
+        if (a.token_factors) value *= a.token_factors[token];
         if (a.partial)
           a.partial[((a.first_slot + part) * int64_t{a.x.tokens} + token) * a.rows + row] = value;
         else
@@ -99,13 +101,6 @@ MGVQ_KERNEL(Skinny<kTokenTiles>::kThreads, 1) skinny_kernel(SegmentLaunch a) {
   constexpr uint32_t kTable = 0, kSums = Decoding::kTableBytes;
   const int warp = MGVQ_THREAD / kLanes, lane = MGVQ_THREAD % kLanes;
   const uint32_t lane4 = 4 * lane;
-  float inverse[kTokenTiles] = {};
-  if constexpr (kInt8)
-    MGVQ_UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-      const int token = 8 * n + lane / 4;
-      const float scale = token < a.x.tokens ? a.token_scales[token] : 0.0f;
-      inverse[n] = scale > 0.0f ? 1.0f / scale : 0.0f;
-    }
   fill_table<Decoding>(a.table, kTable, !kInt8 && kVector == 4);
   sync_threads();
 
@@ -113,18 +108,19 @@ MGVQ_KERNEL(Skinny<kTokenTiles>::kThreads, 1) skinny_kernel(SegmentLaunch a) {
   const int steps = (a.column_blocks + Stream::kBlocks - 1) / Stream::kBlocks;
   MGVQ_NO_UNROLL for (int item = MGVQ_BLOCK; item < items; item += MGVQ_BLOCKS) {
     const int group = item / a.parts, part = item % a.parts;
-    const int end = static_cast<int>(int64_t{steps} * (part + 1) / a.parts);
-    int step = static_cast<int>(int64_t{steps} * part / a.parts) + warp;
+    const Range mine = part_of(steps, part, a.parts);
+    const int end = static_cast<int>(mine.end);
+    int step = static_cast<int>(mine.begin) + warp;
     const unsigned char* row_group = a.codes + int64_t{group} * a.column_blocks * Decoding::kCode.unit_bytes();
     Sum sums[kRowTiles][kTokenTiles][4] = {};
     Stream next{}, after{};
-    if (step < end) next.load(a, row_group, step * Stream::kBlocks, lane, inverse);
-    if (step + Shape::kWarps < end) after.load(a, row_group, (step + Shape::kWarps) * Stream::kBlocks, lane, inverse);
+    if (step < end) next.load(a, row_group, step * Stream::kBlocks, lane);
+    if (step + Shape::kWarps < end) after.load(a, row_group, (step + Shape::kWarps) * Stream::kBlocks, lane);
     MGVQ_NO_UNROLL for (; step < end; step += Shape::kWarps) {
       Stream now = next;
       next = after;
       if (step + 2 * Shape::kWarps < end)
-        after.load(a, row_group, (step + 2 * Shape::kWarps) * Stream::kBlocks, lane, inverse);
+        after.load(a, row_group, (step + 2 * Shape::kWarps) * Stream::kBlocks, lane);
       MGVQ_UNROLL for (int i = 0; i < Stream::kBlocks; ++i) now.unit[i].prepare();
       MGVQ_UNROLL for (int tile = 0; tile < kRowTiles; ++tile) {
         uint32_t fragment[4];

@@ -18,6 +18,9 @@ struct Tiled {
   static constexpr uint32_t kStageBytes = 4 * kTokens * kStrideWords;
   static constexpr int kCopies = kTokens * 4 / kThreads;      // pieces of 8 columns a thread
   static constexpr int kPieceWords = kInt8 ? 2 : 4;
+  static constexpr int kOutTokens = 8 * kTokenGroups;         // written at a time
+  static constexpr int kOutWords = kRowGroup + 4;             // of one: q's 2 tokens lie 8 banks apart, g's rows between
+  static constexpr uint32_t kOutBytes = 4 * kOutTokens * kOutWords;
 };
 
 // Eight columns of one token, on their way from global to shared memory.
@@ -73,20 +76,57 @@ MGVQ_DEVICE void multiply_stage(const unsigned char* units, bool second, uint32_
   }
 }
 
+// Four neighbouring rows' sums of a token, times their scales, to where they go.
+template <typename Sum>
+MGVQ_DEVICE void write_quad(const SegmentLaunch& a, int64_t token, int64_t row, int count, const float (&scales)[4],
+                            const float (&bias)[4], const uint32_t (&sums)[4]) {
+  float values[4];
+  MGVQ_UNROLL for (int i = 0; i < 4; ++i) {
+    values[i] = static_cast<float>(from_bits<Sum>(sums[i])) * scales[i];
+    if (a.token_scales) values[i] *= a.token_scales[token];
+    if (a.token_factors) values[i] *= a.token_factors[token];
+    if (a.before && i < count) values[i] += a.before[token * a.rows + row + i];
+  }
+  if (a.partial) {
+    MGVQ_UNROLL for (int i = 0; i < 4; ++i)
+      if (i < count) a.partial[token * a.rows + row + i] = values[i];
+    return;
+  }
+  MGVQ_UNROLL for (int i = 0; i < 4; ++i) values[i] += bias[i];
+  store_quad(a.y, token, row, count, values);
+}
+
+// The block's sums through shared memory, where table and activations stood: 32 tokens at a time, one lane four rows, so
+// that a warp writes a token's 128 rows side by side.
 template <int kTokenTiles, typename Sum>
-MGVQ_DEVICE void write_tile(const SegmentLaunch& a, int64_t first_row, int64_t first_token, int lane,
-                            const Sum (&sums)[kRowTiles / 2][kTokenTiles][4]) {
-  const int g = lane / 4, q = lane % 4;
-  MGVQ_UNROLL for (int tile = 0; tile < kRowTiles / 2; ++tile)
-    MGVQ_UNROLL for (int n = 0; n < kTokenTiles; ++n)
+MGVQ_DEVICE void write_tiles(const SegmentLaunch& a, int64_t block_row, int64_t block_token, int warp, int lane,
+                             const Sum (&sums)[kRowTiles / 2][kTokenTiles][4]) {
+  using Shape = Tiled<kTokenTiles, false>;
+  const int g = lane / 4, q = lane % 4, half = warp % Shape::kRowHalves, token_group = warp / Shape::kRowHalves;
+  const int64_t row = block_row + 4 * lane;
+  const int count = row + 4 <= a.rows ? 4 : row < a.rows ? static_cast<int>(a.rows - row) : 0;
+  float scales[4] = {}, bias[4] = {};
+  MGVQ_UNROLL for (int i = 0; i < 4; ++i)
+    if (i < count) {
+      scales[i] = float_of_half(a.scales[row + i]);
+      bias[i] = bias_of(a.y, row + i);
+    }
+  MGVQ_UNROLL for (int n = 0; n < kTokenTiles; ++n) {
+    sync_threads();  // everybody has read what stood here
+    MGVQ_UNROLL for (int tile = 0; tile < kRowTiles / 2; ++tile)
       MGVQ_UNROLL for (int i = 0; i < 4; ++i) {
-        const int64_t row = first_row + 16 * tile + g + 8 * (i / 2), token = first_token + 8 * n + 2 * q + i % 2;
-        if (row >= a.rows || token >= a.x.tokens) continue;
-        float value = static_cast<float>(sums[tile][n][i]) * float_of_half(a.scales[row]);
-        if (a.token_scales) value *= a.token_scales[token];
-        if (a.adds) value += stored(a.y, token, row);
-        store(a.y, token, row, value + bias_of(a.y, row));
+        const int slot = 8 * token_group + 2 * q + i % 2, in_block = 64 * half + 16 * tile + g + 8 * (i / 2);
+        put_shared(4 * (slot * Shape::kOutWords + in_block), bits_of(sums[tile][n][i]));
       }
+    sync_threads();
+    for (int slot = warp; slot < Shape::kOutTokens; slot += Shape::kThreads / kLanes) {
+      const int64_t token = block_token + slot / 8 * 8 * kTokenTiles + 8 * n + slot % 8;
+      if (token >= a.x.tokens) continue;
+      uint32_t words[4];
+      shared_words(4 * (slot * Shape::kOutWords + 4 * lane), words);
+      write_quad<Sum>(a, token, row, count, scales, bias, words);
+    }
+  }
 }
 
 template <int kVector, int kShift, int kWindow, int kTokenTiles, bool kInt8>
@@ -134,8 +174,8 @@ MGVQ_KERNEL(256, 1) tiled_kernel(SegmentLaunch a) {
       multiply_stage<Decoding, kTokenTiles, kInt8, 0>(mine, second, buffer, first_token, lane, sums);
     if (stage + 1 < stages) put(stage + 1);
   }
-  write_tile<kTokenTiles>(a, int64_t{MGVQ_BLOCK_Y} * kRowGroup + half * (kRowGroup / 2), block_token + first_token, lane,
-                          sums);
+  static_assert(Shape::kOutBytes <= kStages + 2 * Shape::kStageBytes, "sums fit where table and activations stood");
+  write_tiles<kTokenTiles>(a, int64_t{MGVQ_BLOCK_Y} * kRowGroup, block_token, warp, lane, sums);
 }
 
 }  // namespace mgvq

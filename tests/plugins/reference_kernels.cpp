@@ -2,6 +2,8 @@
 // emulator. "Device" pointers are host pointers; products are double, so that its error is one rounding.
 #include "vq_linear/kernels.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -46,18 +48,48 @@ int64_t columns_of(const MgvqMatrix* weight) {
   return sum;
 }
 
-std::size_t size_of(MgvqType type) { return type == kMgvqFloat16 ? 2 : 4; }
+std::size_t size_of(MgvqType type) { return type == kMgvqFloat16 || type == kMgvqBfloat16 ? 2 : 4; }
 
 float load(const void* data, MgvqType type, int64_t at) {
-  if (type == kMgvqFloat32) return static_cast<const float*>(data)[at];
+  if (type == kMgvqFloat32 || type == kMgvqFloat32Scaled) return static_cast<const float*>(data)[at];
+  if (type == kMgvqBfloat16) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
   return mgvq_reference_float_from_half(static_cast<const uint16_t*>(data)[at]);
+}
+
+// The nearest bfloat16, ties to even, by the two that stand around the value.
+uint16_t bfloat_from_float(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t low = bits & 0xffff0000u, rest = bits & 0xffffu;
+  const bool is_up = rest > 0x8000u || (rest == 0x8000u && (low >> 16 & 1));
+  return static_cast<uint16_t>((low >> 16) + (is_up ? 1 : 0));
 }
 
 void store(void* data, MgvqType type, int64_t at, double value) {
   if (type == kMgvqFloat32)
     static_cast<float*>(data)[at] = static_cast<float>(value);
+  else if (type == kMgvqBfloat16)
+    static_cast<uint16_t*>(data)[at] = bfloat_from_float(static_cast<float>(value));
   else
     static_cast<uint16_t*>(data)[at] = mgvq_reference_half_from_float(static_cast<float>(value));
+}
+
+// What kernels.h says of rows in bf16 and scaled fp32; the power of two that was divided out, NaN of a row that is not finite.
+double scale_row(float* row, int64_t columns) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < columns; ++i) {
+    if (!std::isfinite(row[i])) return std::nan("");
+    largest = std::max(largest, std::fabs(row[i]));
+  }
+  const int exponent = largest == 0.0f ? -100 : std::max(std::ilogb(largest), -100);
+  for (int64_t i = 0; i < columns; ++i) row[i] = std::ldexp(row[i], 14 - exponent);
+  return std::ldexp(1.0, exponent - 14);
 }
 
 }  // namespace
@@ -66,7 +98,9 @@ int32_t mgvq_abi() { return kMgvqAbi; }
 const char* mgvq_architectures() { return "80 87 90 110"; }
 const char* mgvq_reason() { return reason; }
 
-int64_t mgvq_linear_workspace(const MgvqMatrix* weight, int64_t, int32_t) { return check(weight) ? -1 : kWorkspace; }
+int64_t mgvq_linear_workspace(const MgvqMatrix* weight, MgvqType, int64_t, int32_t) {
+  return check(weight) ? -1 : kWorkspace;
+}
 
 cudaError_t mgvq_linear(const MgvqMatrix* weight, const void* x, MgvqType x_type, int64_t x_stride, void* y,
                         MgvqType y_type, int64_t y_stride, const void* bias, MgvqType bias_type, int64_t tokens,
@@ -79,13 +113,17 @@ cudaError_t mgvq_linear(const MgvqMatrix* weight, const void* x, MgvqType x_type
   std::vector<float> activations(tokens * columns), offsets(weight->rows, 0.0f);
   for (int64_t i = 0; i < tokens * columns; ++i)
     activations[i] = load(x, x_type, i / columns * x_stride + i % columns);
+  std::vector<double> factors(tokens, 1.0);
+  if (x_type == kMgvqBfloat16 || x_type == kMgvqFloat32Scaled)
+    for (int64_t token = 0; token < tokens; ++token) factors[token] = scale_row(&activations[token * columns], columns);
   mgvq_reference_round_activations(activations.data(), tokens * columns, activations.data());
   for (int64_t row = 0; bias && row < weight->rows; ++row) offsets[row] = load(bias, bias_type, row);
   std::vector<double> product(tokens * weight->rows);
-  if (mgvq_reference_linear(same(weight), activations.data(), offsets.data(), tokens, product.data(), nullptr))
+  if (mgvq_reference_linear(same(weight), activations.data(), nullptr, tokens, product.data(), nullptr))
     return refuse(mgvq_reference_reason());
   for (int64_t i = 0; i < tokens * weight->rows; ++i)
-    store(y, y_type, i / weight->rows * y_stride + i % weight->rows, product[i]);
+    store(y, y_type, i / weight->rows * y_stride + i % weight->rows,
+          product[i] * factors[i / weight->rows] + offsets[i % weight->rows]);
   return cudaSuccess;
 }
 

@@ -106,13 +106,13 @@ def decoder_row(name: str, code: VQCode, context: int, ours: Spread, dense: Spre
     }
 
 
-COLUMNS = ["group", "shape", "code", "M", "us", "+-", "fp16 us", "x fp16", "GB/s", "of roof", "B/SM-clock"]
+COLUMNS = ["group", "shape", "code", "M", "us", "+-", "fp16 us", "x fp16", "dense us", "GB/s", "of roof", "B/SM-clock"]
 DECODER_COLUMNS = ["decoder", "code", "context", "tokens/s", "fp16 tokens/s", "x fp16"]
 
 
 def table_cells(one: dict[str, Any]) -> dict[str, str]:
-    """A `row` for people, by COLUMNS."""
-    clock = one["index_bytes_per_sm_clock"]
+    """A `row` for people, by COLUMNS; "dense us": the weight dequantized, then float16's product, where timed."""
+    clock, through = one["index_bytes_per_sm_clock"], one.get("dequantized_seconds")
     cells = (
         one["group"],
         f"{one['rows']}x{one['columns']}",
@@ -122,6 +122,7 @@ def table_cells(one: dict[str, Any]) -> dict[str, str]:
         f"{one['mad_seconds'] * 1e6:.1f}",
         f"{one['dense_seconds'] * 1e6:.1f}",
         f"{one['speedup']:.2f}",
+        "-" if through is None else f"{through * 1e6:.1f}",
         f"{one['packed_bytes_per_s'] / 1e9:.0f}",
         f"{one['roof_share']:.0%}",
         "-" if clock is None else f"{clock:.1f}",

@@ -1,17 +1,14 @@
 """How fast the kernels are on this GPU: cold caches, CUDA graphs, float16 of the dense library beside them in one run.
 
 Each shape is checked against float64 before it is timed. Ours and the dense library's graphs are replayed in turn,
-round after round, so that clocks and heat are shared. `kernel_figures` makes figures of the seconds; this is the device
-loop.
+round after round, so that clocks and heat are shared. `kernel_figures` makes figures of the seconds, `kernel_gates`
+holds them against what was promised, `kernel_timing` is the device; this is the order of work.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +17,9 @@ from torch import Tensor
 
 from toolchain.bench.decoder import Decoder, coded_maker, dense_maker
 from toolchain.bench.kernel_figures import Roof, Spread, copies_for, decoder_row, packed_bytes, row, spread
-from toolchain.bench.machine import checked_device, machine_facts
+from toolchain.bench.kernel_gates import gates
+from toolchain.bench.kernel_timing import Timing, TorchTiming, driver_says, interleaved
+from toolchain.bench.machine import machine_facts
 from toolchain.bench.shapes import decoder_shape, matrix_shapes
 from toolchain.errors import NumericGateError, UsageError
 from toolchain.kernels import ops, order
@@ -29,13 +28,15 @@ from toolchain.modules import decode_weight
 from toolchain.values import ROW_GROUP, VQCode
 
 Watch = Callable[[int, int, str], None]
+Keep = Callable[[dict[str, Any]], None]
 TOKENS = (1, 2, 4, 8, 16, 128, 512, 2048)
 DECODER_GROUPS = ("qkv", "o", "gate_up", "down", "head")
 LAUNCHES = 20  # of a graph, at least: one launch is a few microseconds, as long as an event's own error
 ROUNDS, DROPPED = 9, 2
 ROOF_BYTES = 1 << 30
 CHECKED_TOKENS = 16  # first and last ones of a product that are compared with float64
-CLOCK_SECONDS = 1.0
+DENSE_TOKENS = 512  # from here on the way over a dense copy of the weight is timed too
+RESIDENT_SHARE = 0.75  # of the L2 cache: what a weight may fill and still be found there by the next launch
 CHECKED_ROWS = 64 * ROW_GROUP  # decoded at a time for that
 HALF_ULP = 2.0**-11
 
@@ -83,15 +84,25 @@ def check_request(request: KernelRequest) -> list[tuple[str, str, tuple[int, int
     return [(name, group, shape) for shape, (name, group) in found.items()]
 
 
-def bench_kernels(request: KernelRequest, watch: Watch | None = None) -> dict[str, Any]:
+def bench_kernels(
+    request: KernelRequest, watch: Watch | None = None, timing: Timing | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
     """What was measured on this machine's first CUDA device, JSON-clean:
 
         request, machine    as `bench.quantize`; machine has also multiprocessors, l2_bytes, the library's file and
                             architectures, and power_limit where the driver tells it
-        roof                `kernel_figures.Roof`: read_bytes_per_s by the library's own reader, clock_hz under load
-        rows                `kernel_figures.row` a matrix, code and number of tokens, caches cold
-        resident            the same with one copy, where its codes fit half of the L2 cache: how fast decoding itself
-        is decoders            `kernel_figures.decoder_row`
+        roof                `kernel_figures.Roof`: read_bytes_per_s by the library's own reader, clock_hz behind it
+        rows                `kernel_figures.row` a matrix, code and number of tokens, caches cold; with clock_hz, the SM
+                            clock behind its own launches, and from DENSE_TOKENS on dequantized_seconds: the weight made
+                            dense, then the dense library
+        resident            the same with one copy, where its codes fit RESIDENT_SHARE of the L2 cache: how fast
+                            decoding itself is
+        decoders            `kernel_figures.decoder_row`
+        gates               `kernel_gates.gates`
+
+    Args:
+        timing: the device; this machine's first one if None.
+        keep: given every row as soon as it is there, so that a run that is cut off loses nothing: {kind, row}.
 
     Raises:
         UsageError, UnsupportedError: the request asks for something unknown.
@@ -99,42 +110,80 @@ def bench_kernels(request: KernelRequest, watch: Watch | None = None) -> dict[st
         NumericGateError: a kernel computes something else than the weight says.
     """
     matrices = check_request(request)
-    device = torch.device(checked_device("cuda").type, 0)
-    library = ops.device_library(0)
-    facts = torch.cuda.get_device_properties(device)
-    with torch.cuda.device(device), torch.inference_mode():
-        read = read_bandwidth(device, request.rounds)
-        roof = Roof(read, facts.multi_processor_count, clock_under_load(device))
-        rows, resident = [], []
-        jobs = [(m, VQCode.parse(c), tokens) for m in matrices for c in request.codes for tokens in request.tokens]
+    timing = TorchTiming() if timing is None else timing
+    result: dict[str, Any] = {"request": asdict(request)}
+    kept: dict[str, list[dict[str, Any]]] = {"rows": [], "resident": [], "decoders": []}
+
+    def add(kind: str, found: dict[str, Any]) -> None:
+        kept[kind].append(found)
+        if keep:
+            keep({"kind": kind, "row": found})
+
+    jobs = [(m, VQCode.parse(c), tokens) for m in matrices for c in request.codes for tokens in request.tokens]
+    with timing.context():
+        result["machine"] = machine_of(timing)
+        roof = measured_roof(timing, request.rounds)
+        result["roof"] = asdict(roof)
         for number, ((name, group, shape), code, tokens) in enumerate(jobs):
             if watch:
                 watch(number, len(jobs), f"{name} {group} {code} M={tokens}")
-            case = Case(shape, code, tokens, request.seed, device)
-            label = f"{name} {group}"
-            rows.append(row(label, shape, code, tokens, *case.cold(facts.L2_cache_size, request.rounds), roof))
-            if 2 * packed_bytes(code, *shape) <= facts.L2_cache_size:
-                resident.append(row(label, shape, code, tokens, *case.resident(request.rounds), roof))
-        decoders = [
-            end_to_end(name, VQCode.parse(code), request.context, request.rounds, device)
-            for name in request.decoders
-            for code in request.codes
-        ]
-    machine = machine_facts(device) | {
-        "multiprocessors": facts.multi_processor_count,
-        "l2_bytes": facts.L2_cache_size,
+            case = Case(shape, code, tokens, request.seed, timing.device)
+            for kind, found in timed_rows(case, f"{name} {group}", roof, timing, request.rounds):
+                add(kind, found)
+        for name in request.decoders:
+            for text in request.codes:
+                add("decoders", end_to_end(name, VQCode.parse(text), request.context, request.rounds, timing))
+    result |= kept
+    return result | {"gates": gates(result)}
+
+
+def machine_of(timing: Timing) -> dict[str, Any]:
+    """The device, the library and what limits their speed."""
+    library = ops.device_library(timing.device.index or 0)
+    return machine_facts(timing.device) | {
+        "multiprocessors": timing.multiprocessors,
+        "l2_bytes": timing.l2_bytes,
         "library": str(library.path),
         "architectures": list(library.architectures),
         "power_limit": driver_says("power.limit"),
     }
-    return {
-        "request": asdict(request),
-        "machine": machine,
-        "roof": asdict(roof),
-        "rows": rows,
-        "resident": resident,
-        "decoders": decoders,
-    }
+
+
+def measured_roof(timing: Timing, rounds: int) -> Roof:
+    """Bytes a second of reading ROOF_BYTES once, by the library's reader, and the SM clock behind it."""
+    library = ops.device_library(timing.device.index or 0)
+    data = torch.zeros(ROOF_BYTES, dtype=torch.uint8, device=timing.device)
+    sink = torch.zeros(1, dtype=torch.int32, device=timing.device)
+    graph = timing.graph(
+        [lambda: library.read(data.data_ptr(), ROOF_BYTES, sink.data_ptr(), timing.stream())], LAUNCHES
+    )
+    (seconds,) = interleaved((graph,), rounds)
+    return Roof(ROOF_BYTES / spread(seconds, DROPPED).seconds, timing.multiprocessors, timing.clock_behind(graph))
+
+
+def timed_rows(case: Case, label: str, roof: Roof, timing: Timing, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("rows" or "resident", row) of one matrix, code and number of tokens."""
+    shape, size = (case.rows, case.columns), packed_bytes(case.code, case.rows, case.columns)
+    dense = 2 * case.rows * case.columns
+    copies = {"rows": (copies_for(size, timing.l2_bytes), copies_for(dense, timing.l2_bytes))}
+    if size <= RESIDENT_SHARE * timing.l2_bytes:
+        copies["resident"] = (1, 1)
+    for kind, (ours, theirs) in copies.items():
+        found = case.timed(timing, ours, theirs, rounds)
+        own_roof = replace(roof, clock_hz=found.clock_hz)
+        one = row(label, shape, case.code, len(case.x), found.ours, found.dense, own_roof)
+        through = None if found.dequantized is None else found.dequantized.seconds
+        yield kind, one | {"clock_hz": found.clock_hz, "dequantized_seconds": through}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Ours, float16 in the dense library, ours by way of a dense copy (None for few tokens), and the SM clock."""
+
+    ours: Spread
+    dense: Spread
+    dequantized: Spread | None
+    clock_hz: float | None
 
 
 class Case:
@@ -160,24 +209,28 @@ class Case:
         formats = [code.vector, code.shift, code.window, self.columns]
         return ops.linear(self.x, [codes], [self.table], [self.scales], formats, self.rows, None, DEFAULT_TACTIC)
 
-    def cold(self, l2_bytes: int, rounds: int) -> tuple[Spread, Spread]:
-        """Ours and the dense library's, each over copies that are four times the cache together."""
-        packed, dense = packed_bytes(self.code, self.rows, self.columns), 2 * self.rows * self.columns
-        return self._timed(copies_for(packed, l2_bytes), copies_for(dense, l2_bytes), rounds)
+    def through_dense(self, codes: Tensor) -> Tensor:
+        """The same by way of a float16 copy of the weight, made anew."""
+        code = self.code
+        formats = [code.vector, code.shift, code.window, self.columns]
+        return torch.matmul(self.x, ops.dequantize([codes], [self.table], [self.scales], formats, self.rows).T)
 
-    def resident(self, rounds: int) -> tuple[Spread, Spread]:
-        """The same over one copy."""
-        return self._timed(1, 1, rounds)
-
-    def _timed(self, copies: int, dense_copies: int, rounds: int) -> tuple[Spread, Spread]:
+    def timed(self, timing: Timing, copies: int, dense_copies: int, rounds: int) -> Timed:
+        """Checked, then everybody in turn, each over that many copies of its weight: four times the cache together, or
+        one.
+        """
         codes = self.codes(copies)
         self.check(codes[0])
         weights = [torch.randn(self.rows, self.columns, dtype=torch.float16, **self.draw) for _ in range(dense_copies)]
         # A graph must run through all copies, or the ones it uses stay in the cache from replay to replay.
-        ours = Graph([partial(self.ours, c) for c in codes], max(LAUNCHES, copies))
-        dense = Graph([partial(torch.matmul, self.x, w.T) for w in weights], max(LAUNCHES, dense_copies))
-        first, second = interleaved((ours, dense), rounds)
-        return spread(first, DROPPED), spread(second, DROPPED)
+        contenders = [
+            timing.graph([partial(self.ours, c) for c in codes], max(LAUNCHES, copies)),
+            timing.graph([partial(torch.matmul, self.x, w.T) for w in weights], max(LAUNCHES, dense_copies)),
+        ]
+        if len(self.x) >= DENSE_TOKENS:
+            contenders.append(timing.graph([partial(self.through_dense, c) for c in codes], max(LAUNCHES, copies)))
+        ours, dense, *more = (spread(seconds, DROPPED) for seconds in interleaved(contenders, rounds))
+        return Timed(ours, dense, more[0] if more else None, timing.clock_behind(contenders[0]))
 
     def slices(self, codes: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, float64[rows, columns]) of the weight, some thousand rows at a time: a head is gigabytes."""
@@ -212,104 +265,13 @@ class Case:
             )
 
 
-class Graph:
-    """A CUDA graph of `launches` calls, the given ones in turn. `seconds()` replays it once, timed a launch."""
-
-    def __init__(self, calls: Sequence[Callable[[], Any]], launches: int) -> None:
-        self.launches = launches
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what a first call allocates or loads must not be captured
-            for call in calls[:2]:
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for number in range(launches):
-                calls[number % len(calls)]()
-
-    def seconds(self) -> float:
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        self.graph.replay()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000 / self.launches
-
-
-def interleaved(graphs: Sequence[Graph], rounds: int) -> list[list[float]]:
-    """Seconds of each graph, round after round, all of them once a round."""
-    found: list[list[float]] = [[] for _ in graphs]
-    for _ in range(rounds):
-        for graph, seconds in zip(graphs, found):
-            seconds.append(graph.seconds())
-    return found
-
-
-def read_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes a second of reading ROOF_BYTES once, by the library's reader: the roof that shares are of."""
-    library = ops.device_library(device.index)
-    data = torch.zeros(ROOF_BYTES, dtype=torch.uint8, device=device)
-    sink = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def call() -> None:
-        library.read(data.data_ptr(), ROOF_BYTES, sink.data_ptr(), torch.cuda.current_stream().cuda_stream)
-
-    (seconds,) = interleaved((Graph([call], LAUNCHES),), rounds)
-    return ROOF_BYTES / spread(seconds, DROPPED).seconds
-
-
-def clock_under_load(device: torch.device) -> float | None:
-    """Hz of the SM clock while a matrix product keeps the device busy; None where neither pynvml nor nvidia-smi reads
-    it.
-
-    The driver's order of devices is taken to be torch's, as it is where one device is visible.
-    """
-    left = torch.randn(4096, 4096, dtype=torch.float16, device=device)
-    graph = Graph([lambda: torch.matmul(left, left)], LAUNCHES)
-    began = time.perf_counter()
-    once = graph.seconds() * LAUNCHES
-    for _ in range(min(10_000, int(CLOCK_SECONDS / once) + 1)):
-        graph.graph.replay()
-    found = _nvml_clock(device.index)
-    if found is None:
-        text = driver_says("clocks.sm")  # such as "1980 MHz"
-        number = text.split()[0] if text else ""
-        found = float(number) * 1e6 if number.replace(".", "", 1).isdigit() else None
-    torch.cuda.synchronize()
-    # A reading taken after the device had finished is an idle clock.
-    return found if time.perf_counter() - began >= CLOCK_SECONDS / 2 else None
-
-
-def _nvml_clock(index: int) -> float | None:
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        return pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6
-    except pynvml.NVMLError:
-        return None
-
-
-def driver_says(field: str) -> str | None:
-    """What nvidia-smi reports for a field of the first device, with its unit; None where it does not."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={field}", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return found.stdout.strip() or None if found.returncode == 0 else None
-
-
-def end_to_end(name: str, code: VQCode, context: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def end_to_end(name: str, code: VQCode, context: int, rounds: int, timing: Timing) -> dict[str, Any]:
     """Tokens a second of a decoder with our linears and with float16 ones, one token a replayed graph."""
-    options: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    options: dict[str, Any] = {"dtype": torch.float16, "device": timing.device}
     graphs = []
     for make in (coded_maker(code, options), dense_maker(options)):
         decoder = Decoder(name, make, context, options)
         x = torch.randn(1, decoder_shape(name).groups[0].columns, **options)
-        graphs.append(Graph([partial(decoder, x)], 1))
+        graphs.append(timing.graph([partial(decoder, x)], 1))
     ours, dense = interleaved(graphs, rounds)
     return decoder_row(name, code, context, spread(ours, DROPPED), spread(dense, DROPPED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,14 +88,20 @@ def kernels(
     ),
     context: Annotated[int, typer.Option(min=1, help="Positions in the cache of those.")] = 1024,
     rounds: Annotated[int, typer.Option(help="Rounds, of which the first two are dropped.")] = 9,
+    gates: Annotated[bool, typer.Option("--gates", help="End with exit code 4 unless every gate is met.")] = False,
     seed: SeedOption = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for bench-kernels.json; must be new.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for bench-kernels.json; must be new. Rows go to FOLDER.partial at once."
+        ),
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Time the CUDA kernels against float16 of the dense library, caches cold. Needs a CUDA device and the library."""
+    from toolchain.bench.kernel_gates import unmet
     from toolchain.bench.kernels import KernelRequest, bench_kernels
+    from toolchain.errors import NumericGateError
     from toolchain.folders import check_output, staged_folder
     from toolchain.values import write_json
 
@@ -112,12 +119,29 @@ def kernels(
     )
     progress = Progress()
     progress.stage("timing kernels")
-    result = bench_kernels(request, progress.step)
+    partial = None if output is None else output.with_name(output.name + ".partial")
+    result = bench_kernels(request, progress.step, keep=None if partial is None else appender(partial))
     progress.done(f"{len(result['rows'])} products timed")
     if output is not None:
         with staged_folder(output) as folder:
             write_json(folder / "bench-kernels.json", result)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     emit(result, kernels_text(result), form)
+    if gates and (missed := unmet(result["gates"])):
+        raise NumericGateError(f"{len(missed)} of {len(result['gates'])} gates are not met: {'; '.join(missed)}")
+
+
+def appender(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Adds a line of JSON to the file for everything it is given, and closes it each time."""
+    import json
+
+    def append(one: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(one) + "\n")
+
+    return append
 
 
 def counts(text: str) -> tuple[int, ...]:
@@ -136,6 +160,7 @@ def kernels_text(result: dict[str, Any]) -> str:
     """`bench.kernels.bench_kernels`'s result for people."""
     from toolchain.bench.kernel_figures import COLUMNS as KERNEL_COLUMNS
     from toolchain.bench.kernel_figures import DECODER_COLUMNS, decoder_cells, table_cells
+    from toolchain.bench.kernel_gates import GATE_COLUMNS, gate_cells
 
     machine, roof = result["machine"], result["roof"]
     clock = "not known" if roof["clock_hz"] is None else f"{roof['clock_hz'] / 1e6:.0f} MHz under load"
@@ -150,6 +175,7 @@ def kernels_text(result: dict[str, Any]) -> str:
     if result["decoders"]:
         lines += ["", "one token a step, CUDA graphs, random weights; rotary positions and sampling left out"]
         lines.append(table([decoder_cells(one) for one in result["decoders"]], DECODER_COLUMNS))
+    lines += ["", table([gate_cells(one) for one in result["gates"]], GATE_COLUMNS)]
     return "\n".join(lines)
 
 

@@ -144,7 +144,7 @@ def check_kernels(library: KernelLibrary, cuda: Cuda, cases: Sequence[Case]) -> 
         weight, count = matrix((segment,), case.rows), case.expected.shape[0]
         space = 0
         if case.op == LINEAR:
-            size = library.linear_workspace(weight, count)
+            size = library.linear_workspace(weight, FLOAT32, count)
             space = cuda.allocate(size, "the self-test")
             library.linear(
                 weight, (held["x"], FLOAT32, case.columns), (y, FLOAT32, case.rows), (held["bias"], FLOAT32), count,

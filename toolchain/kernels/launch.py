@@ -16,9 +16,11 @@ from torch import Tensor
 
 from toolchain.errors import ShapeError, UnsupportedError
 from toolchain.kernels.library import (
+    BFLOAT16,
     DEFAULT_TACTIC,
     FLOAT16,
     FLOAT32,
+    FLOAT32_SCALED,
     INT32,
     INT64,
     CMatrix,
@@ -28,13 +30,17 @@ from toolchain.kernels.library import (
 )
 from toolchain.values import VQCode
 
-KINDS = {torch.float16: FLOAT16, torch.float32: FLOAT32, torch.int32: INT32, torch.int64: INT64}
-ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+KINDS = {
+    torch.float16: FLOAT16,
+    torch.bfloat16: BFLOAT16,
+    torch.float32: FLOAT32,
+    torch.int32: INT32,
+    torch.int64: INT64,
+}
+# What x is to the library: a model's float32 may hold what float16 cannot, so that its rows are scaled.
+ACTIVATION_KINDS = {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32_SCALED}
+ACTIVATIONS = tuple(ACTIVATION_KINDS)
 FORMAT_FIELDS = 4  # vector, shift, window, columns of a segment
-# Rows in bfloat16 or float32 are scaled so that their largest value lies in [2^14, 2^15): below 65504, and the spacing
-# of float16's subnormal numbers, 2^-24, is 2^-38 of it.
-_TARGET_EXPONENT = 14
-_LOWEST_EXPONENT = -100  # rows smaller than 2^-100 are scaled as if they were that large: the factor stays a float32
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,9 @@ def linear(
 ) -> Tensor:
     """y [..., rows] in x's dtype for x [..., columns] in float16, bfloat16 or float32.
 
-    float16 goes to the kernel as it is. Of the others each row is scaled by a power of two, so that float16 cannot
-    overflow, multiplied in float16 (11 bits, as TF32 has; bfloat16 has 8), summed in float32 and scaled back. A row
-    that holds an infinity or NaN gives NaN.
+    float16 goes to the kernel as it is. Of the others the library scales each row by a power of two, so that float16
+    cannot overflow, multiplies in float16 (11 bits, as TF32 has; bfloat16 has 8), sums in float32, scales back and
+    rounds once. A row that holds an infinity or NaN gives NaN.
 
     Raises:
         ShapeError: x or the bias has another shape, or a tensor is on another device.
@@ -114,36 +120,11 @@ def linear(
             f"bias: expected [{weight.rows}] on {weight.device}, found {list(bias.shape)} on {bias.device}"
         )
     shape, flat = (*x.shape[:-1], weight.rows), x.reshape(-1, weight.columns)
-    if x.dtype == torch.float16:
-        y = torch.empty(len(flat), weight.rows, dtype=torch.float16, device=x.device)
-        given = (
-            None
-            if bias is None
-            else bias.contiguous()
-            if bias.dtype in (torch.float16, torch.float32)
-            else bias.float()
-        )
-        _launch(library, flat, c_weight, given, y, stream, tactic)
-        return y.view(shape)
-    scaled, back = scale_rows(flat)
-    y = torch.empty(len(flat), weight.rows, dtype=torch.float32, device=x.device)
-    _launch(library, scaled, c_weight, None, y, stream, tactic)
-    y = y * back if bias is None else torch.addcmul(bias.float(), y, back)
-    return y.to(x.dtype).view(shape)
-
-
-def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(float16[tokens, columns] = x · 2^-e, float32[tokens, 1] = 2^e): e by row, on the device, without waiting for it.
-
-    NaN in place of 2^e where a row is not finite.
-    """
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    # The exponent's bits of a float32, biased by 127: 2^(14 - e) and 2^(e - 14) are integer arithmetic on them.
-    exponent = (largest.view(torch.int32) & 0x7F800000).clamp_min((127 + _LOWEST_EXPONENT) << 23)
-    down = ((254 + _TARGET_EXPONENT) << 23) - exponent
-    back = (exponent - (_TARGET_EXPONENT << 23)).view(torch.float32)
-    back = torch.where(torch.isfinite(largest), back, float("nan"))
-    return (x * down.view(torch.float32)).to(torch.float16), back
+    y = torch.empty(len(flat), weight.rows, dtype=x.dtype, device=x.device)
+    if bias is not None:
+        bias = (bias if bias.dtype in ACTIVATIONS else bias.float()).contiguous()
+    _launch(library, flat, c_weight, bias, y, stream, tactic)
+    return y.view(shape)
 
 
 def dequantize(library: KernelLibrary, weight: Weight, stream: int) -> Tensor:
@@ -166,8 +147,8 @@ def embedding(library: KernelLibrary, ids: Tensor, weight: Weight, dtype: torch.
         raise ShapeError(f"ids: expected int32 or int64 on {weight.device}, found {ids.dtype} on {ids.device}")
     if not dtype.is_floating_point:
         raise UnsupportedError(f"embedding: expected a floating-point dtype, found {dtype}")
-    # float32 holds the product exactly, so that rounding it once more to bfloat16 rounds once in all.
-    kind = dtype if dtype == torch.float16 else torch.float32
+    # float32 holds the product exactly, so that rounding it once more to another dtype rounds once in all.
+    kind = dtype if dtype in ACTIVATIONS else torch.float32
     flat = ids.reshape(-1).contiguous()
     out = torch.empty(len(flat), weight.columns, dtype=kind, device=weight.device)
     library.embedding(c_weight, (flat.data_ptr(), KINDS[ids.dtype], len(flat)), (out.data_ptr(), KINDS[kind]), stream)
@@ -181,12 +162,13 @@ def _launch(
         return
     x = x if x.stride(-1) == 1 else x.contiguous()
     device = x.device.index if x.is_cuda else -1
-    size = _workspace(library, weight, len(x), tactic, device)
+    kind = ACTIVATION_KINDS[x.dtype]
+    size = _workspace(library, weight, kind, len(x), tactic, device)
     # torch's allocator is the cache: it hands out this stream's last block again, and inside a capture the graph's own.
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
     library.linear(
         weight,
-        (x.data_ptr(), KINDS[x.dtype], x.stride(0)),
+        (x.data_ptr(), kind, x.stride(0)),
         (y.data_ptr(), KINDS[y.dtype], y.stride(0)),
         (0, FLOAT16) if bias is None else (bias.data_ptr(), KINDS[bias.dtype]),
         len(x),
@@ -197,8 +179,8 @@ def _launch(
 
 
 @functools.lru_cache(maxsize=65536)
-def _workspace(library: KernelLibrary, weight: CMatrix, tokens: int, tactic: int, device: int) -> int:
-    return library.linear_workspace(weight, tokens, tactic)
+def _workspace(library: KernelLibrary, weight: CMatrix, kind: int, tokens: int, tactic: int, device: int) -> int:
+    return library.linear_workspace(weight, kind, tokens, tactic)
 
 
 def _expect(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, what: str) -> None:

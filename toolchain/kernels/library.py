@@ -15,11 +15,11 @@ from pathlib import Path
 from toolchain.errors import EnvironmentMismatch, UnsupportedError
 from toolchain.values import VQCode
 
-ABI = 1  # kMgvqAbi of kernels.h; a test compares
+ABI = 2  # kMgvqAbi of kernels.h; a test compares
 FILE_NAME = "libmgvq_kernels.so"
 FILE_VARIABLE = "MGVQ_KERNELS"
 BUILD_COMMAND = "mgvq kernels build"
-FLOAT16, FLOAT32, INT32, INT64 = range(4)  # MgvqType
+FLOAT16, FLOAT32, INT32, INT64, BFLOAT16, FLOAT32_SCALED = range(6)  # MgvqType
 DEFAULT_TACTIC = 0
 # Machine code for these runs on no other GPU, and no other GPU's runs on them: boards (CUDA programming guide, "Binary
 # Compatibility").
@@ -120,7 +120,7 @@ class KernelLibrary:
         self._c.mgvq_architectures.restype = ctypes.c_char_p
         self._c.mgvq_reason.restype = ctypes.c_char_p
         self._c.mgvq_linear_workspace.restype = long
-        self._c.mgvq_linear_workspace.argtypes = (weight, long, integer)
+        self._c.mgvq_linear_workspace.argtypes = (weight, integer, long, integer)
         x, y, bias, workspace = (pointer, integer, long), (pointer, integer, long), (pointer, integer), (pointer, long)
         self._c.mgvq_linear.argtypes = (weight, *x, *y, *bias, long, integer, *workspace, pointer)
         self._c.mgvq_dequantize.argtypes = (weight, pointer, long, pointer)
@@ -133,9 +133,9 @@ class KernelLibrary:
         """Compute capabilities with machine code, such as ("80", "87")."""
         return tuple(self._c.mgvq_architectures().decode().split())
 
-    def linear_workspace(self, weight: CMatrix, tokens: int, tactic: int = DEFAULT_TACTIC) -> int:
-        """Bytes of workspace that `linear` needs on the current device."""
-        size = self._c.mgvq_linear_workspace(weight, tokens, tactic)
+    def linear_workspace(self, weight: CMatrix, x_type: int, tokens: int, tactic: int = DEFAULT_TACTIC) -> int:
+        """Bytes of workspace that `linear` needs on the current device for x of that type."""
+        size = self._c.mgvq_linear_workspace(weight, x_type, tokens, tactic)
         if size < 0:
             self._raise(_INVALID_VALUE, "mgvq_linear_workspace")
         return size

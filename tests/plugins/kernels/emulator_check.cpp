@@ -59,6 +59,21 @@ void faults_are_reported() {
   EXPECT(fails(64, [] { shared_word(64); }), "a read out of bounds");
   EXPECT(fails(64, [] { shared_word(0); }), "a read before a write");
   EXPECT(fails(64, [] { put_shared(2, 1); }), "a write off its alignment");
+  EXPECT(fails(256, [] { put_shared(4 * MGVQ_THREAD, 1), shared_word(4 * (MGVQ_THREAD / 2)); }), "a read of another's write");
+  EXPECT(fails(256, [] { put_shared(4 * (MGVQ_THREAD / 2), 1); }), "a write over another's");
+  EXPECT(fails(256, [] {
+    put_shared(4 * MGVQ_THREAD, 1);
+    sync_threads();
+    shared_word(4 * (63 - MGVQ_THREAD));
+    put_shared(4 * MGVQ_THREAD, 2);
+  }), "a write over what another has just read");
+  EXPECT(!fails(256, [] {
+    put_shared(4 * MGVQ_THREAD, 1);
+    sync_threads();
+    shared_word(0), shared_word(4 * (63 - MGVQ_THREAD));
+    sync_threads();
+    put_shared(4 * (63 - MGVQ_THREAD), 2);
+  }), "barriers between, and many readers");
   EXPECT(fails(0, [] { if (MGVQ_THREAD < 40) sync_threads(); }), "a barrier that some never reach");
   EXPECT(fails(0, [] {
     float sums[4] = {};

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from toolchain.bench import kernels
+from toolchain.bench.kernel_gates import gates
 from toolchain.bench.kernels import KernelRequest, bench_kernels, check_request
 from toolchain.bench.shapes import matrix_shapes
 from toolchain.cli import main
@@ -72,6 +73,7 @@ def test_text_holds_every_table():
     machine = {"name": "some GPU", "power_limit": None, "cuda": "13.0", "torch": "2.13"}
     roof = {"read_bytes_per_s": 3e12, "multiprocessors": 7, "clock_hz": 1.98e9}
     result = {"machine": machine, "roof": roof, "rows": [row], "resident": [], "decoders": [decoder | {"speedup": 2.0}]}
+    result["gates"] = gates(result)
     text = kernels_text(result)
     for words in ("some GPU, 7 SMs, clock 1980 MHz under load", "reads 3000 GB/s", "128x16", "50%", "fp16 tokens/s"):
         assert words in text
@@ -108,6 +110,110 @@ def test_a_product_is_checked_before_it_is_timed(monkeypatch, code):
     case.ours = wrong
     with pytest.raises(NumericGateError, match=f"300x40 in code {code} with 40 tokens: the kernel's product differs"):
         case.check(codes)
+
+
+class MadeUpGraph:
+    """Runs each call once, and says that a launch took as long as it was told."""
+
+    def __init__(self, calls, launches, seconds):
+        assert launches >= len(calls)
+        self.outputs, self.told = [call() for call in calls[:1]], seconds
+
+    def seconds(self):
+        return self.told
+
+
+class MadeUpTiming:
+    """The CPU as a device whose launches take 10 microseconds, every second graph 40."""
+
+    device, multiprocessors, l2_bytes = torch.device("cpu"), 10, 100_000
+
+    def __init__(self):
+        self.graphs = []
+
+    def context(self):
+        return torch.inference_mode()
+
+    def stream(self):
+        return 0
+
+    def graph(self, calls, launches):
+        self.graphs.append(MadeUpGraph(calls, launches, 1e-5 if len(self.graphs) % 2 else 4e-5))
+        return self.graphs[-1]
+
+    def clock_behind(self, load):
+        assert load in self.graphs
+        return 1e9
+
+
+@pytest.fixture
+def made_up(monkeypatch, reference_library):
+    monkeypatch.setattr(kernels.ops, "device_library", lambda index: reference_library)
+    monkeypatch.setattr(kernels, "ROOF_BYTES", 1 << 16)
+    monkeypatch.setattr(kernels, "machine_facts", lambda device: {"name": "made up", "cuda": "0", "torch": "0"})
+    return MadeUpTiming()
+
+
+@pytest.fixture
+def reference_library():
+    class Library:
+        path, architectures = "made-up.so", ("90",)
+
+        def read(self, data, size, sink, stream):
+            assert size == kernels.ROOF_BYTES
+
+    return Library()
+
+
+def test_a_whole_run_on_made_up_time(made_up):
+    kept = []
+    request = KernelRequest(("demo",), ("2,4,8", "4,8,9"), ("o", "down"), (1, 512), ("demo",), 8, 7)
+    result = json.loads(json.dumps(bench_kernels(request, timing=made_up, keep=kept.append)))
+    assert result["roof"]["read_bytes_per_s"] == pytest.approx((1 << 16) / 4e-5)
+    assert [(one["group"], one["code"], one["tokens"]) for one in result["rows"]] == [
+        (f"demo {group}", code, tokens) for group in ("o", "down") for code in ("2,4,8", "4,8,9") for tokens in (1, 512)
+    ]
+    assert all((one["dequantized_seconds"] is None) == (one["tokens"] == 1) for one in result["rows"])
+    assert all(one["clock_hz"] == 1e9 for one in result["rows"])
+    first = result["rows"][0]
+    codes = 256 * 256 // 4
+    assert first["index_bytes_per_sm_clock"] == pytest.approx(codes / (first["seconds"] * 1e9 * 10))
+    assert len(result["resident"]) == 8, "256 x 384 at 2 bits fits three quarters of 100 kB"
+    assert len(kept) == 8 + 8 + 2
+    assert [one["row"] for one in kept if one["kind"] == "decoders"] == result["decoders"]
+    assert len(result["gates"]) == 5
+    text = kernels_text(result)
+    for words in ("resident in the L2 cache", "tokens/s", "dense us", "not measured"):
+        assert words in text
+
+
+def test_gates_that_are_missed_end_the_verb_and_rows_are_kept_till_the_end(made_up, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kernels, "TorchTiming", lambda: made_up)
+    command = [
+        "bench",
+        "kernels",
+        "--shapes",
+        "demo",
+        "--groups",
+        "o",
+        "--tokens",
+        "1",
+        "--decoders",
+        "",
+        "--rounds",
+        "7",
+    ]
+    assert main([*command, "--gates", "-o", str(tmp_path / "found")]) == 4
+    captured = capsys.readouterr()
+    assert "5 of 5 gates are not met" in captured.err
+    assert "index bytes a SM-clock" in captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+    assert main(command) == 0
+    cut = RuntimeError("the machine is gone")
+    monkeypatch.setattr(kernels, "gates", lambda result: (_ for _ in ()).throw(cut))
+    assert main([*command, "-o", str(tmp_path / "cut")]) == 1
+    lines = (tmp_path / "cut.partial").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["rows", "resident"]
 
 
 @pytest.mark.gpu

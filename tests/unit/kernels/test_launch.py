@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_problems import ALL_CODES, SEGMENTED, problem
-from kernel_products import FEW_TOKENS, check_product, one_hot_rows
+from kernel_products import FEW_TOKENS, check_product, one_hot_rows, scale_rows
 
 from toolchain.errors import ShapeError, UnsupportedError
 from toolchain.kernels import launch
@@ -74,7 +74,7 @@ def test_embedding_rows_are_rounded_once(runner, ids, dtype):
     assert not found[1, 1:].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", launch.ACTIVATIONS)
 def test_features_take_their_places(runner, dtype):
     embeddings, features = torch.arange(12.0).reshape(4, 3), 100 + torch.arange(6.0).reshape(2, 3)
     place = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
@@ -168,7 +168,7 @@ def test_rows_that_are_not_finite_stay_so(runner):
 
 def test_scaled_rows_are_x_exactly_where_eleven_bits_hold_it():
     x = torch.tensor([[1.5, -3.0, 2.0**-20], [2.0**100, 2.0**90, -(2.0**100)], [2.0**-99, 0, 0], [0, 0, 0]])
-    scaled, back = launch.scale_rows(x)
+    scaled, back = scale_rows(x)
     assert scaled.dtype == torch.float16
     assert back.shape == (4, 1)
     assert torch.equal(scaled.double() * back.double(), x.double())

@@ -25,9 +25,11 @@ def nothing_installed(monkeypatch, tmp_path):
 
 def test_constants_are_the_headers():
     assert int(re.search(r"kMgvqAbi = (\d+);", HEADER).group(1)) == library.ABI
-    kinds = dict(re.findall(r"kMgvq(Float16|Float32|Int32|Int64) = (\d)", HEADER))
-    ours = {"Float16": library.FLOAT16, "Float32": library.FLOAT32, "Int32": library.INT32, "Int64": library.INT64}
-    assert {name: int(number) for name, number in kinds.items()} == ours
+    names = {"Bfloat16": "BFLOAT16", "Float32Scaled": "FLOAT32_SCALED"}
+    kinds = dict(re.findall(r"kMgvq(\w+) = (\d),?$", HEADER, flags=re.MULTILINE))
+    assert len(kinds) == 6
+    for name, number in kinds.items():
+        assert getattr(library, names.get(name, name.upper())) == int(number)
 
 
 def test_every_function_of_the_header_is_declared(reference_kernels):
@@ -81,7 +83,7 @@ def test_a_file_that_is_no_library_and_another_abi_are_refused(tmp_path):
         KernelLibrary(broken)
     source = tmp_path / "other.cpp"
     source.write_text('extern "C" int mgvq_abi() { return 99; }\n')
-    with pytest.raises(EnvironmentMismatch, match="expected ABI 1, found 99"):
+    with pytest.raises(EnvironmentMismatch, match=f"expected ABI {library.ABI}, found 99"):
         KernelLibrary(compiled(tmp_path, "other.so", [source], []))
     source.write_text('extern "C" int unrelated() { return 1; }\n')
     with pytest.raises(EnvironmentMismatch, match="does not load as one"):
