@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import toolchain
+from toolchain.board_readme import instructions
+from toolchain.cli.absent import DISTRIBUTION, distribution_of, requirements
 from toolchain.device.plugin_library import CARRIED, LIBRARY
 from toolchain.device.selftest import FILE, write_cases
 from toolchain.errors import InputDataError
 from toolchain.kernels.build import SOURCE_FOLDERS
 from toolchain.values import BitPlan, write_json
 
-DISTRIBUTION = "mgvq"
 PACKAGE = Path(toolchain.__file__).resolve().parent
 # What the package imports on a board; lower bounds are the wheel's own.
 BOARD_REQUIREMENTS = ("numpy", "pillow", "tokenizers", "safetensors", "jinja2", "typer", "rich", "pydantic")
+_JETPACK_7_PYTHON = "3.12"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: mgvq\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: equal sources give equal bytes
 # Folders that the package's own wheel has inside it, and a checkout beside it: place in the package → in a checkout.
@@ -84,15 +86,20 @@ def carry_libraries(libraries: Mapping[Path, Mapping[str, Any]], folder: Path) -
 
 
 def board_requirements(target: Mapping[str, Any]) -> str:
-    """requirements-board.txt: our wheel's own bounds of what runs there, and CUDA's bindings for the target's CUDA."""
-    needed = metadata.requires(DISTRIBUTION) or []
-    lines = [line for line in needed if _name(line) in BOARD_REQUIREMENTS and "extra ==" not in line]
+    """requirements-board.txt: our wheel's own bounds of what runs there, and CUDA's bindings for the target's CUDA.
+
+    Where the target's releases differ in CUDA's major version, the system's Python says which one a board has.
+    """
+    lines = sorted(line for line in requirements() if distribution_of(line) in BOARD_REQUIREMENTS)
     majors = sorted({int(release["cuda"].split(".")[0]) for release in target["software"]})
     # Bindings of a newer CUDA than the driver's do not load.
     bindings = ["cuda-python>=12.6,<13" if major < 13 else f"cuda-python>={major},<{major + 1}" for major in majors]
-    comment = "" if len(bindings) == 1 else "# choose by the CUDA of your JetPack (cat /usr/local/cuda/version.json):\n"
-    rest = "".join(f"# {line}\n" for line in bindings[1:])
-    return "\n".join(sorted(lines)) + f"\n{comment}{bindings[0]}\n{rest}"
+    if len(bindings) == 1:
+        return "\n".join([*lines, *bindings]) + "\n"
+    by_python = [f"{bindings[0]}; python_version < '{_JETPACK_7_PYTHON}'"]
+    by_python += [f"{line}; python_version >= '{_JETPACK_7_PYTHON}'" for line in bindings[1:]]
+    comment = f"# JetPack 6 has Python 3.10 and CUDA 12, JetPack 7 has Python {_JETPACK_7_PYTHON} and CUDA 13:"
+    return "\n".join([*lines, comment, *by_python]) + "\n"
 
 
 def write_wheel(folder: Path) -> Path:
@@ -124,90 +131,6 @@ def write_wheel(folder: Path) -> Path:
     return path
 
 
-def instructions(target: Mapping[str, Any], memory: Mapping[str, Any], wheel: str) -> str:
-    """README.md of a bundle: what a person at the board types, with this target's releases and this plan's figures."""
-    releases = "\n".join(
-        f"* JetPack {x['jetpack']}: {'L4T ' + x['l4t'] + ', ' if x['l4t'] else ''}TensorRT {x['tensorrt']}, "
-        f"CUDA {x['cuda']}"
-        for x in target["software"]
-    )
-    peak, build, block = (_mib(memory[key]) for key in ("peak_bytes", "build_peak_bytes", "largest_block_bytes"))
-    return _INSTRUCTIONS.format(
-        title=target["title"],
-        sm=target["sm"],
-        releases=releases,
-        peak=peak,
-        build=build,
-        block=block,
-        what=memory["largest_block"],
-        context=memory["workload"]["context_tokens"],
-        cma=_cma_advice(target, memory["largest_block_bytes"]),
-        wheel=wheel,
-    )
-
-
-_INSTRUCTIONS = """\
-# A vision-language model for {title}
-
-Made by mgvq. Every file here is listed with its hash in manifest.json; nothing in this folder is changed by using it.
-
-## What the board needs
-
-One of (SM {sm}):
-
-{releases}
-
-Memory, by the plan in memory.json (estimated, not measured): {peak} while it runs, {build} while it builds, the largest
-single block {block} ({what}). Context: {context} tokens, pictures and answer included.
-
-{cma}
-Without a desktop there is more memory:
-
-    sudo systemctl isolate multi-user.target        # until the next reboot
-
-## Install, once
-
-    sudo apt install nvidia-jetpack python3-libnvinfer python3-venv cmake
-    python3 -m venv --system-site-packages ~/mgvq   # system packages: TensorRT's Python module is one
-    ~/mgvq/bin/pip install -r requirements-board.txt
-    ~/mgvq/bin/pip install --no-deps wheel/{wheel}
-    ~/mgvq/bin/mgvq doctor
-
-## Build, once per board and JetPack
-
-    ~/mgvq/bin/mgvq build . -o ~/engines
-
-It checks this folder, the board, memory and the plugins before it builds, and says what to change where it refuses. The
-plugins are compiled first (minutes) unless libraries/ has one that fits. Engines run on the board and the TensorRT
-that built them, and nowhere else.
-
-## Run
-
-    ~/mgvq/bin/mgvq run . --backend tensorrt --engines ~/engines --image PICTURE --prompt QUESTION --stream
-    ~/mgvq/bin/mgvq chat . --backend tensorrt --engines ~/engines --image PICTURE
-
-## Where it stops
-
-| exit code | it means |
-|---|---|
-| 4 | the plugins do not compute what they should: do not use them; report it |
-| 5 | it does not fit memory: the message says what to turn down |
-| 6 | JetPack, TensorRT, CUDA, a compiler or a library is missing or of another version |
-| 7 | a file of this folder is not what it was: copy it again |
-"""
-
-
-def _cma_advice(target: Mapping[str, Any], block: int) -> str:
-    default, most = target["largest_block_default_bytes"], target["largest_block_bytes"]
-    if block <= default:
-        return f"The kernel's contiguous pool of {_mib(default)} is enough as it is.\n"
-    megabytes = min(-(-block * 5 // (4 * 2**20)), most // 2**20)
-    return (
-        f"The largest block is more than the kernel's contiguous pool of {_mib(default)}. Add `cma={megabytes}M` to "
-        "the line APPEND in\n/boot/extlinux/extlinux.conf and reboot; `grep Cma /proc/meminfo` shows what came of it.\n"
-    )
-
-
 def _files(folder: Path) -> list[Path]:
     """All files below a folder but Python's caches and hidden ones, sorted."""
     return [
@@ -220,16 +143,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _record_hash(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-
-
-def _name(requirement: str) -> str:
-    """The distribution's name of a requirement line, lower case."""
-    end = next((i for i, letter in enumerate(requirement) if letter in "<>=!~[; "), len(requirement))
-    return requirement[:end].lower()
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
 
 
 def kit_summary(names: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ Where the figures come from (all published rows: TensorRT Edge-LLM 0.9.0 perform
     kv                       layers · 2 · kv heads · head size · 2 bytes · context · batch; Qwen3-0.6B, 2200: 241 MiB
     activations              float32 residual and its normed copy, float16 for the widest matrices, attention scores
     vision activations       66 bytes a patch and channel: three Qwen3-VL engines differ by 63 to 68 between 2,048 and
-                             16,384 visual tokens; attention scores on top, because ours is not fused
+                             16,384 visual tokens; attention scores on top, because ours is not fused: of one tile of
+                             queries, as the rewrite cuts them (SCORES_BYTES)
     runtime overhead         0.80 GiB + 0.131 bytes a decoder weight: fits Qwen3-0.6B/1.7B/4B/8B on Orin NX within 3 %
     build peak               constants of the engine four times over (reports run from three to four); weights that are
                              graph inputs never reach the builder
@@ -32,6 +33,11 @@ OVERHEAD_BYTES_PER_WEIGHT = 0.131
 VISION_BYTES_PER_CHANNEL = 66
 BUILD_COPIES = 4
 SCORE_COPIES = 2  # scores and their softmax are alive together
+# The rewrite cuts the queries of a vision attention into tiles where the largest picture's scores, in float32, exceed
+# this. One layer of Qwen2-VL's tower has 604 MB of them on its largest picture in 768 tokens; a tenth stays below what
+# an 8 GB board gives in one block without a kernel argument (256 MiB), and fills its GPU still.
+SCORES_BYTES = 64 << 20
+MOST_TILES = 64  # a tile is five nodes a layer; beyond this a smaller largest picture serves better
 PROMPT_TOKENS = 256
 
 WEIGHT_PARTS = {
@@ -166,9 +172,21 @@ def _vision_activations(geometry: ModelGeometry, image: ImageWork | None, worklo
     """One picture a call, so `batch` does not enter, but for the features it leaves behind (float16)."""
     if image is None:
         return 0
-    scores = 0 if workload.fused_attention else SCORE_COPIES * 2 * geometry.vision_heads * image.patches**2
-    tower = image.sequences * (VISION_BYTES_PER_CHANNEL * geometry.vision_embed * image.patches + scores)
-    return tower + workload.batch * 2 * image.tokens * geometry.hidden
+    tower = image.sequences * VISION_BYTES_PER_CHANNEL * geometry.vision_embed * image.patches
+    scores = 0 if workload.fused_attention else SCORE_COPIES * 2 * tile_scores(geometry, image)
+    return tower + scores + workload.batch * 2 * image.tokens * geometry.hidden
+
+
+def tile_scores(geometry: ModelGeometry, image: ImageWork) -> int:
+    """Elements of the largest score tensor of the tower: all queries at once, or the most that a tile can have.
+
+    A bound, not a count: with T tiles a tile has ceil(n / T) of n queries, which falls when T rises by one, so that a
+    larger picture could take a little less than a smaller one. T is the least with n / T queries below the limit, so
+    that a tile exceeds the limit by less than one query's scores; and T ends at MOST_TILES.
+    """
+    query = image.sequences * geometry.vision_heads * image.patches  # scores of one query of every head and sequence
+    limited = SCORES_BYTES // 4 + query
+    return min(query * image.patches, max(limited, query * -(-image.patches // MOST_TILES)))
 
 
 def _plugin_workspace(target: Target) -> int:

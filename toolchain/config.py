@@ -61,6 +61,12 @@ class PlanSettings(Section):
     image: str | None = Field(None, pattern=r"^\d+x\d+$", description="largest picture, WIDTHxHEIGHT pixels")
 
 
+class RewriteSettings(Section):
+    """What the device graphs permit. int8 changes answers, and no gate sees it: validation has float16 inputs."""
+
+    int8_activations: bool = Field(False, description="engines may round inputs of linears with codes 4,k,L to int8")
+
+
 class ValidateSettings(Section):
     """How stages are compared: greedy decode steps, and onnxruntime's provider."""
 
@@ -82,6 +88,7 @@ class Settings(Section):
     )
     quantize: QuantizeSettings = QuantizeSettings()
     plan: PlanSettings = PlanSettings()
+    rewrite: RewriteSettings = RewriteSettings()
     validation: ValidateSettings = ValidateSettings()
 
     @model_validator(mode="after")

@@ -224,7 +224,8 @@ def _rewrite_stage(checked: Checked, run: RunFolder, reporter: Reporter, exporte
     config, source = checked.checkpoint.config, checked.settings.model
     profiles = checked.family.profiles(config, source, _host_settings(checked))
     block = checked.target.largest_block_default_bytes
-    options = RewriteOptions.for_profiles(profiles, block_bytes=block)
+    int8 = checked.settings.rewrite.int8_activations
+    options = RewriteOptions.for_profiles(profiles, block_bytes=block, int8_activations=int8)
 
     def work(folder: Path) -> dict[str, Any]:
         for name in ("device", "portable"):
@@ -233,7 +234,8 @@ def _rewrite_stage(checked: Checked, run: RunFolder, reporter: Reporter, exporte
         return device_form(exported.folder, folder / "device", options).to_json()
 
     reporter.stage("rewrite    device graphs with plugin nodes, portable graphs with bodies")
-    result = run.stage("40-rewrite", {"block_bytes": block, "largest": _plain(options.largest)}, work)
+    inputs = {"block_bytes": block, "largest": _plain(options.largest), "int8_activations": int8}
+    result = run.stage("40-rewrite", inputs, work)
     graphs, sidecar = result.summary["graphs"], result.summary["sidecar"]
     nodes = ", ".join(f"{g['name']} {g['nodes_before']} → {g['nodes_after']}" for g in graphs)
     reporter.done(f"{_note(result)}{nodes} nodes; weights outside the graphs {sidecar['bytes'] / 2**20:.2f} MiB")

@@ -11,7 +11,6 @@ namespace mgvq::plugin {
 namespace {
 
 constexpr int32_t kMostSize = std::numeric_limits<int32_t>::max();
-constexpr int kContractAttributes = 6;
 
 int64_t number_in(const Field& field) {
   if (field.type != Type::kInt32 && field.type != Type::kInt64)
@@ -70,10 +69,10 @@ std::vector<int64_t> values_of(Op op, const Field* fields, int count, std::vecto
     is_given[place] = true;
     values[place] = number_in(fields[i]);
   }
-  for (int i = 0; i < kContractAttributes; ++i)
+  for (int i = 0; i < contract::kRequiredAttributes; ++i)
     if (!is_given[i])
-      throw Refused(
-          words("attribute %s is missing; a device graph of `mgvq rewrite` has all %d", names[i], kContractAttributes));
+      throw Refused(words("attribute %s is missing; a device graph of `mgvq rewrite` has all %d", names[i],
+                          contract::kRequiredAttributes));
   return values;
 }
 
@@ -99,7 +98,7 @@ std::vector<const char*> attribute_names(Op op) {
   std::vector<const char*> names{contract::kAttributeRows,   contract::kAttributeColumns,
                                  contract::kAttributeVector, contract::kAttributeShift,
                                  contract::kAttributeWindow, contract::kAttributeFormatVersion};
-  if (op == Op::kLinear) names.push_back(kAttributeAllowInt8);
+  if (op == Op::kLinear) names.push_back(contract::kAttributeAllowInt8);
   return names;
 }
 

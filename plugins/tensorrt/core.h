@@ -59,10 +59,8 @@ struct Attributes {
   bool allow_int8;  // VQLinear: tactics may round activations to int8, which changes results
 };
 
-// Optional and VQLinear's alone; absent is 0.
-inline constexpr char kAttributeAllowInt8[] = "allow_int8";
-
-// The attributes' names in the order of `numbers_of`: the contract's six, and for VQLinear allow_int8 behind them.
+// The attributes' names in the order of `numbers_of`: the contract's required ones, and for VQLinear allow_int8 behind
+// them.
 std::vector<const char*> attribute_names(Op op);
 
 // The numbers behind the names; attributes_from reads them back to an equal value.

@@ -66,7 +66,7 @@ void check_tactic(const Attributes& attributes, int id) {
         words("tactic %d: expected 0%s", id, attributes.op == Op::kLinear ? " or one of getValidTactics" : ""));
   if (tactic.activations == Activations::kInt8 && !attributes.allow_int8)
     throw Refused(words("tactic %d: rounds activations to int8, which this node does not allow (%s = 0)", id,
-                        kAttributeAllowInt8));
+                        contract::kAttributeAllowInt8));
 }
 
 Tactic tactic_for(const Attributes& attributes, int id, int64_t tokens, const Device& device) {

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 
 import pytest
+import typer
+from packaging.requirements import Requirement
 
 import toolchain
 from toolchain import board_kit
 from toolchain.bundle import write_bundle
+from toolchain.cli.app import app
 from toolchain.device.selftest import FILE, read_cases
-from toolchain.errors import InputDataError
+from toolchain.errors import InputDataError, MgvqError, StoppedError
 from toolchain.target import load_target
 from toolchain.values import BitPlan, LayerPlan
 
@@ -91,11 +97,21 @@ def test_requirements_are_the_packages_own_and_bindings_of_the_targets_cuda():
     lines = board_kit.board_requirements(NANO).splitlines()
     named = {line.split(">")[0] for line in lines if not line.startswith("#")}
     assert named == {*board_kit.BOARD_REQUIREMENTS, "cuda-python"}
-    assert "cuda-python>=12.6,<13" in lines
-    assert "# cuda-python>=13,<14" in lines, "JetPack 7.2 is the target's other release"
-    thor = board_kit.board_requirements(load_target("agx-thor-128gb").to_json())
-    assert "cuda-python>=13,<14" in thor.splitlines()
-    assert "choose by" not in thor
+    assert "cuda-python>=12.6,<13; python_version < '3.12'" in lines, "JetPack 6.2 has Python 3.10"
+    assert "cuda-python>=13,<14; python_version >= '3.12'" in lines, "JetPack 7.2, the target's other release, has 3.12"
+    thor = board_kit.board_requirements(load_target("agx-thor-128gb").to_json()).splitlines()
+    assert "cuda-python>=13,<14" in thor
+
+
+def test_every_requirement_of_the_board_is_one_of_the_packages_own_as_it_stands_there():
+    """pip would take a name it does not know as it is, without our bounds."""
+    lines = [line for line in board_kit.board_requirements(NANO).splitlines() if not line.startswith("#")]
+    parsed = {Requirement(line).name: Requirement(line) for line in lines}
+    own = {Requirement(line).name: Requirement(line) for line in metadata.requires("mgvq") if "extra ==" not in line}
+    for name in board_kit.BOARD_REQUIREMENTS:
+        assert parsed[name].specifier == own[name].specifier
+    extras = [Requirement(line) for line in metadata.requires("mgvq") if "extra == 'board'" in line]
+    assert [each.name for each in extras] == ["cuda-python"]
 
 
 def test_instructions_are_this_targets(kit):
@@ -108,10 +124,56 @@ def test_instructions_are_this_targets(kit):
 
 
 def test_a_block_beyond_the_pool_asks_for_a_larger_one():
+    enough = board_kit.instructions(NANO, MEMORY, "w.whl")
+    assert "is enough as it is" in enough
     text = board_kit.instructions(NANO, MEMORY | {"largest_block_bytes": 400 << 20}, "w.whl")
-    assert "Add `cma=500M`" in text
+    assert "before you build" in text
+    assert "s/$/ cma=500M/" in text
     most = board_kit.instructions(NANO, MEMORY | {"largest_block_bytes": 940 << 20}, "w.whl")
-    assert "Add `cma=950M`" in most
+    assert "s/$/ cma=950M/" in most
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every mgvq command in a page, as words."""
+    indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    written = [*indented, *re.findall(r"`([^`]+)`", text)]
+    found = [shlex.split(line.partition("  #")[0].replace("…", "")) for line in written if "mgvq " in f"{line} "]
+    return [words[1:] for words in found if words and words[0].endswith("mgvq") and len(words) > 1]
+
+
+def test_every_mgvq_command_of_the_instructions_is_one(kit):
+    """Parsed by the command line itself: a verb or flag that is renamed fails here, not on a board."""
+    verbs = typer.main.get_command(app).commands
+    seen = set()
+    for words in commands(kit["README.md"].read_text()):
+        verb, arguments = words[0], words[1:]
+        seen.add(verb)
+        if "--help" in arguments:
+            continue
+        if verb in ("all", "plan"):  # what stands for the person's own model is left out there
+            assert {word for word in arguments if word.startswith("--")} <= {
+                o for p in verbs[verb].params for o in p.opts
+            }
+        else:
+            verbs[verb].make_context(verb, list(arguments))
+    assert seen >= {"doctor", "build", "run", "chat", "profile", "plan", "all", "targets"}
+
+
+def test_the_instructions_explain_every_exit_code_and_every_folder(kit):
+    text = kit["README.md"].read_text()
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    on_a_board = {kind.exit_code for kind in MgvqError.__subclasses__()} - {StoppedError.exit_code}
+    assert codes == on_a_board | {0, 1, 130}
+    folders = {name.partition("/")[0] for name in kit if "/" in name}
+    assert all(f"`{folder}/`" in text for folder in folders)
+
+
+def test_what_to_turn_down_is_smaller_than_what_was_planned():
+    memory = MEMORY | {"workload": {"context_tokens": 2048, "image": [800, 600]}}
+    text = board_kit.instructions(NANO, memory, "w.whl")
+    assert "Largest picture: 800x600 pixels" in text
+    assert "--set plan.image=600x450 --set plan.context=1024" in text
+    assert "--target orin-nano-8gb" in text
 
 
 def test_built_libraries_are_carried_by_hash_with_what_they_suit(tmp_path):

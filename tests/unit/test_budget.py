@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ from published_models import bit_plan, qwen2_vl_2b, qwen3_vl
 from toolchain import advice, budget
 from toolchain.budget import Workload, plan_memory
 from toolchain.errors import UsageError
+from toolchain.geometry import ImageWork
+from toolchain.graph.passes.tile_queries import tile_queries
 from toolchain.target import load_target
 from toolchain.values import CODES, PLAIN_CODE_NAMES, BitPlan
 
@@ -35,6 +39,44 @@ def test_weights_are_counted_to_the_byte():
 def test_keys_and_values_of_published_models():
     assert GEOMETRY.kv_bytes_per_token * 256 == 7 * 2**20
     assert qwen3_vl("0.6B").kv_bytes_per_token * 2200 / 2**20 == pytest.approx(241, rel=0.005)
+
+
+def scores(heads: int, patches: int, sequences: int = 1) -> int:
+    """What the plan counts for the tower's largest score tensor, in elements."""
+    geometry = dataclasses.replace(GEOMETRY, vision_heads=heads)
+    return budget.tile_scores(geometry, ImageWork(0, 0, sequences, patches, 0))
+
+
+def test_vision_scores_are_one_tiles_worked_by_hand():
+    assert scores(16, 100) == 16 * 100 * 100, "2.4 MiB in float32 stay whole"
+    assert scores(16, 1024) == 16 * 1024 * 1024, "exactly the limit of 64 MiB"
+    # Qwen2-VL's largest picture in 768 tokens: 3072 patches, 604 MB; a tile has 64 MiB and at most one query more.
+    assert scores(16, 3072) == (64 << 18) + 16 * 3072
+    assert scores(16, 3072) < 16 * 3072 * 3072 / 8
+    # 16,384 patches would take 256 tiles; there are 64 at most, of 256 queries.
+    assert scores(16, 16384) == 16 * 256 * 16384
+    assert scores(4, 1025, sequences=13) == min(13 * 4 * 1025 * 1025, (64 << 18) + 13 * 4 * 1025)
+
+
+@settings(max_examples=25, deadline=None)
+@given(heads=st.integers(1, 32), patches=st.integers(1, 6000), sequences=st.integers(1, 13))
+def test_no_tile_that_the_rewrite_cuts_is_larger_than_planned(heads, patches, sequences):
+    """The rewrite's own tiles, one shape of chain: queries in pieces n·i/T."""
+    queries = gs.Variable("q", np.float32, [sequences, heads, patches, 8])
+    keys = gs.Variable("k", np.float32, [sequences, heads, 8, patches])
+    values = gs.Variable("v", np.float32, [sequences, heads, patches, 8])
+    found = [gs.Variable(name, np.float32, [sequences, heads, patches, patches]) for name in "sp"]
+    output = gs.Variable("y", np.float32, [sequences, heads, patches, 8])
+    nodes = [
+        gs.Node("MatMul", "scores", {}, [queries, keys], [found[0]]),
+        gs.Node("Softmax", "softmax", {"axis": -1}, [found[0]], [found[1]]),
+        gs.Node("MatMul", "mix", {}, [found[1], values], [output]),
+    ]
+    graph = gs.Graph(nodes, [queries, keys, values], [output], opset=18)
+    tile_queries(graph, {})
+    cuts = [(int(n.inputs[1].values[0]), int(n.inputs[2].values[0])) for n in graph.nodes if n.op == "Slice"]
+    rows = max((end - start for start, end in cuts), default=patches)
+    assert sequences * heads * rows * patches <= scores(heads, patches, sequences)
 
 
 def test_json_parts_add_up_to_the_peak():
@@ -94,7 +136,7 @@ def test_2b_at_two_bits_fits_the_nano():
 
 
 def test_what_does_not_fit_says_why_and_what_to_turn_down():
-    work = Workload(200_000, (1344, 1344), 10**8)
+    work = Workload(200_000, (2016, 2016), 10**8)
     memory = plan_memory(PLANS["2,8,8"], GEOMETRY, NANO, work)
     assert not memory.fits
     assert any("MiB" in text for text in memory.problems)

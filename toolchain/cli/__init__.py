@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
 
     from toolchain.cli.app import app
-    from toolchain.errors import MgvqError
+    from toolchain.errors import EnvironmentMismatch, MgvqError
 
     # click's ClickException, which typer imports or carries within itself, depending on its version.
     usage_problem: type[Any] = typer.BadParameter.mro()[2]
@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
+        from toolchain.cli.absent import absent_package
+
+        if isinstance(error, ModuleNotFoundError) and (absence := absent_package(error)):
+            return _fail(f"error: {absence}", EnvironmentMismatch.exit_code)
         import traceback
 
         traceback.print_exc()

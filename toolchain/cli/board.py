@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import Format, FormatOption, Progress, Provider, ProviderOption, emit, size, table
-from toolchain.errors import MgvqError, UsageError
+from toolchain.errors import EnvironmentMismatch, MgvqError, UsageError
 
 if TYPE_CHECKING:
     from toolchain.device.chat import Conversation, Reply
@@ -61,7 +62,7 @@ def build(
         bool | None,
         typer.Option(
             "--dense/--no-dense",
-            help="Build dense twins too, to compare sizes; tensorrt_rtx only, on by default there.",
+            help="Build dense twins too, to compare sizes; tensorrt_rtx only, on by default where onnx is installed.",
         ),
     ] = None,
     plugin: Annotated[
@@ -82,11 +83,12 @@ def build(
     """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
     from toolchain.bundle import open_bundle
     from toolchain.device.backends import backend_named
-    from toolchain.device.engine import BuildOptions, build_engines
+    from toolchain.device.engine import BuildOptions, build_engines, check_arguments
 
     backend_named(backend)
-    if dense and backend != "tensorrt_rtx":
-        raise UsageError("--dense has no effect with --backend tensorrt; leave it out")
+    if dense is not None and backend != "tensorrt_rtx":
+        raise UsageError(f"--{'' if dense else 'no-'}dense has no effect with --backend {backend}; leave it out")
+    check_arguments(output, backend, BuildOptions(sm, plugin, level))
     if host is not None:
         # Twins need onnx, which a board does without: they are built there only if asked for.
         twins = {True: {"--dense": True}, False: {"--no-dense": True}, None: {}}[dense]
@@ -98,13 +100,17 @@ def build(
     opened = open_bundle(bundle)
     progress = Progress()
     progress.stage(f"build      {bundle} with {backend}")
-    with _dense_twins(opened, backend == "tensorrt_rtx" and dense is not False) as twins:
+    with _dense_twins(opened, _wants_twins(backend, dense, progress.stage)) as twins:
         report = build_engines(
             opened, output, backend, BuildOptions(sm, plugin, level, ignore_memory, twins),
             progress=lambda graph, phase, done, total: progress.step(done, total, f"{graph}: {phase}"),
             say=lambda what: progress.stage(f"  {what}"),
         )  # fmt: skip
-    emit(report.to_json(), _build_text(report), form)
+    next_ = f"next     mgvq run {bundle} --backend {backend} --engines {output} --prompt QUESTION --image PICTURE"
+    emit(report.to_json(), f"{_build_text(report)}\nengines  {output}\n{next_}", form)
+
+
+MOST_WARNINGS = 5  # shown; a builder may have one for every layer
 
 
 def _build_text(report: BuildReport) -> str:
@@ -115,7 +121,9 @@ def _build_text(report: BuildReport) -> str:
         for e in report.engines
     ]  # fmt: skip
     head = f"{report.backend} {report.builder_version}, SM {report.sm}\n"
-    warnings = "".join(f"\nwarning: {text}" for text in report.warnings)
+    warnings = "".join(f"\nwarning: {text}" for text in report.warnings[:MOST_WARNINGS])
+    if (more := len(report.warnings) - MOST_WARNINGS) > 0:
+        warnings += f"\n{more} more warnings of the builder are in build.json"
     return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + warnings
 
 
@@ -144,6 +152,22 @@ def refuse_idle(**remote: Any) -> None:
     for name, value in remote.items():
         if value is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no effect without --host; leave it out")
+
+
+def _wants_twins(backend: str, dense: bool | None, say: Callable[[str], None]) -> bool:
+    """Whether dense twins are built: they are made with onnx, which a board does without.
+
+    Raises:
+        EnvironmentMismatch: they were asked for, and onnx is not here.
+    """
+    if backend != "tensorrt_rtx" or dense is False:
+        return False
+    if importlib.util.find_spec("onnx") is not None:
+        return True
+    if dense:
+        raise EnvironmentMismatch("--dense needs the Python module onnx, found none; pip install onnx, or leave it out")
+    say("  no dense twins to compare sizes with: they are made with the Python module onnx, which is not here")
+    return False
 
 
 @contextmanager
@@ -208,8 +232,8 @@ def chat(
     form: FormatOption = Format.text,
 ) -> None:
     """Hold a conversation: a line is a question; /image PATH adds a picture to the next one, /reset, /help, /exit."""
-    if stream and form is Format.json:
-        raise UsageError("--stream has no effect with --format json; leave one of them out")
+    if stream is not None and form is Format.json:
+        raise UsageError(f"--{'' if stream else 'no-'}stream has no effect with --format json; leave one of them out")
     sampler = _sampler(temperature, top_k, top_p, seed)
     pictures = _pictures(image or [])
     conversation = _conversation(bundle, backend, engines, provider)

@@ -121,6 +121,12 @@ def export(model: ModelOption, output: OutputOption, form: FormatOption = Format
     emit({"graphs": rows}, table(rows, ["name", "nodes", "vq_nodes", "weight_bytes", "seconds", "path"]), form)
 
 
+INT8_HELP = (
+    "Let engines round the inputs of linears with codes 4,k,L to int8 where that is faster. It changes answers, and "
+    "validate does not see it."
+)
+
+
 @app.command()
 def rewrite(
     output: OutputOption,
@@ -146,6 +152,7 @@ def rewrite(
     precision: Annotated[
         str, typer.Option(help="Matrix work of the device form: mixed (float16) or float32.")
     ] = "mixed",
+    int8_activations: Annotated[bool, typer.Option("--int8-activations", help=INT8_HELP)] = False,
     form: FormatOption = Format.text,
 ) -> None:
     """Rewrite graphs to the device form (plugin nodes, weights outside) and the portable form."""
@@ -155,7 +162,7 @@ def rewrite(
         raise UsageError("give a folder of reference graphs, or --onnx FILE, one of the two")
     _refuse_idle("--onnx", onnx, {"--inputs": inputs, "--code": code, "--seed": seed})
     _refuse_idle("a folder of graphs", graphs, {"--model": model})
-    options = _rewrite_options(model, target, precision)
+    options = _rewrite_options(model, target, precision, int8_activations)
     check_output(output)
     with staged_folder(output) as folder:
         foreign = _quantize_foreign(onnx, folder, inputs or [], code or [], seed or 0) if onnx else None
@@ -171,7 +178,7 @@ def _refuse_idle(needed: str, given: object, flags: dict[str, Any]) -> None:
         raise UsageError(f"{', '.join(idle)}: no effect without {needed}; leave it out")
 
 
-def _rewrite_options(model: Path | None, target: str | None, precision: str):
+def _rewrite_options(model: Path | None, target: str | None, precision: str, int8_activations: bool):
     from toolchain.graph.pipeline import RewriteOptions
     from toolchain.models.family import family_for, limited_settings, read_config
     from toolchain.target import load_target
@@ -185,7 +192,9 @@ def _rewrite_options(model: Path | None, target: str | None, precision: str):
         if board is not None:
             settings = limited_settings(settings, board.max_image_pixels, board.default_context_tokens)
         profiles = family.profiles(config, model, settings)
-    return RewriteOptions.for_profiles(profiles, block_bytes=block, precision=precision)
+    return RewriteOptions.for_profiles(
+        profiles, block_bytes=block, precision=precision, int8_activations=int8_activations
+    )
 
 
 def _quantize_foreign(source: Path, folder: Path, inputs: list[Path], codes: list[str], seed: int) -> dict[str, Any]:

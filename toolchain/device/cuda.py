@@ -19,6 +19,7 @@ from toolchain.errors import BudgetError, EnvironmentMismatch
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 INSTALL = "pip install 'cuda-python>=12.6,<13' (JetPack 6) or 'cuda-python>=13' (JetPack 7, CUDA 13)"
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_FIRST_OF_LAUNCHES = 700  # cudaErrorIllegalAddress; from here on an earlier kernel may be what failed
 
 
 def load_bindings() -> ModuleType:
@@ -50,12 +51,12 @@ class Cuda:
         """
         self._cuda = load_bindings() if bindings is None else bindings
         self._pending: list[NDArray] = []  # host memory that copies under way still read
-        try:
-            self._stream = self._call("cudaStreamCreate")
-        except RuntimeError as error:  # how the bindings say that there is no driver
+        found, self._stream = self._try("cudaStreamCreate")
+        if found:
             raise EnvironmentMismatch(
-                f"CUDA does not start ({error}); run it on a machine with an NVIDIA GPU"
-            ) from None
+                f"CUDA does not start: cudaStreamCreate: {self._text(found)}; it needs an NVIDIA GPU and a driver of "
+                "this CUDA or a newer one: see mgvq doctor, run it on the board, or use --backend ort"
+            )
 
     @property
     def stream(self) -> int:
@@ -115,8 +116,13 @@ class Cuda:
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
             work()
-        finally:
-            graph = self._call("cudaStreamEndCapture", self._stream)
+        except BaseException:
+            # The stream has to leave the capture, which what failed may have broken: its error counts, not ours.
+            broken, graph = self._try("cudaStreamEndCapture", self._stream)
+            if not broken:
+                self._try("cudaGraphDestroy", graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", self._stream)
         ready = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
         return ready
@@ -130,16 +136,32 @@ class Cuda:
         return value
 
     def _try(self, name: str, *arguments: Any) -> tuple[int, Any]:
-        """(status, first result or None) of one function of the runtime."""
-        status, *values = getattr(self._cuda, name)(*arguments)
+        """(status, first result or None) of one function of the runtime.
+
+        Raises:
+            EnvironmentMismatch: the bindings lack the function, or find no library behind it.
+        """
+        try:
+            status, *values = getattr(self._cuda, name)(*arguments)
+        except (AttributeError, RuntimeError) as error:
+            raise EnvironmentMismatch(
+                f"{name}: CUDA's Python bindings do not call it ({error}); install those of this machine's CUDA: "
+                f"{INSTALL}, and see mgvq doctor for the driver"
+            ) from None
         return int(status), values[0] if values else None
 
     def _check(self, name: str, status: int) -> None:
-        if status:
-            error = self._cuda.cudaError_t(status)
-            text = self._cuda.cudaGetErrorString(error)[1]
-            text = text.decode() if isinstance(text, bytes) else str(text)
-            raise EnvironmentMismatch(
-                f"{name}: CUDA error {status} ({text}); an error of an earlier launch shows here too: run with "
-                "CUDA_LAUNCH_BLOCKING=1 to see whose it is, and check the driver (mgvq doctor)"
-            )
+        if not status:
+            return
+        advice = "check the driver (mgvq doctor)"
+        if status >= _FIRST_OF_LAUNCHES:
+            advice = "an error of an earlier launch shows here: run with CUDA_LAUNCH_BLOCKING=1 to see whose it is"
+        raise EnvironmentMismatch(f"{name}: {self._text(status)}; {advice}")
+
+    def _text(self, status: int) -> str:
+        """ "CUDA error 35 (what the runtime calls it)"."""
+        try:
+            text = self._cuda.cudaGetErrorString(self._cuda.cudaError_t(status))[1]
+        except ValueError:  # a status that is newer than the bindings
+            text = "unknown to these bindings"
+        return f"CUDA error {status} ({text.decode() if isinstance(text, bytes) else text})"

@@ -124,7 +124,7 @@ def build_engines(
         UnsupportedError, UsageError: unknown backend or SM; `out` is a file; an argument has no effect.
     """
     options, machine, say = options or BuildOptions(), machine or Machine(), say or (lambda _: None)
-    _check_arguments(out, backend, options)
+    check_arguments(out, backend, options)
     trt = load_backend(backend)
     graphs = bundle_graphs(bundle, backend)
     if unknown := sorted(set(options.dense) - set(graphs)):
@@ -183,7 +183,12 @@ def pools_from_target(target: Mapping[str, Any] | None, memory: Memory | None) -
     return {"WORKSPACE": int(workspace), "TACTIC_DRAM": int(tactics)}
 
 
-def _check_arguments(out: Path, backend: str, options: BuildOptions) -> None:
+def check_arguments(out: Path, backend: str, options: BuildOptions) -> None:
+    """Refuse arguments that contradict each other, before a bundle is opened or sent.
+
+    Raises:
+        UnsupportedError, UsageError: see `build_engines`.
+    """
     backend_named(backend)
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out} is a file; choose a folder for the engines")

@@ -18,6 +18,7 @@ from toolchain.errors import EnvironmentMismatch, InputDataError
 from toolchain.values import sha256_file
 
 Shape = tuple[int, ...]
+RECORD_KEYS = {"backend", "builder_version", "bundle", "engines"}  # of build.json, which engines do not load without
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,13 @@ def read_build(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a folder of engines with build.json, found none; run `mgvq build` with -o {folder}"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputDataError(f"{path} is damaged ({error}); run `mgvq build` again") from None
+    missing = sorted(RECORD_KEYS - set(record)) if isinstance(record, dict) else sorted(RECORD_KEYS)
+    if missing:
+        raise InputDataError(f"{path} lacks {', '.join(missing)}: it is not of mgvq; run `mgvq build` again")
+    return record
 
 
 def _check_record(record: Mapping[str, Any], folder: Path, backend: str, version: str, bundle: Bundle) -> None:

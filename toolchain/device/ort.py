@@ -20,11 +20,16 @@ def open_session(path: Path, provider: str = "cpu") -> onnxruntime.InferenceSess
     """An onnxruntime session on the provider that was asked for, and on no other behind its back.
 
     Raises:
-        EnvironmentMismatch: the provider is not in this build, or did not start.
+        EnvironmentMismatch: onnxruntime is not here, the provider is not in this build, or did not start.
         InputDataError: the file is missing or not a model.
     """
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise EnvironmentMismatch(
+            "backend ort needs the Python module onnxruntime, found none; pip install onnxruntime, or use engines that "
+            "mgvq build made: --backend tensorrt --engines DIR"
+        ) from None
     wanted = _PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
         raise EnvironmentMismatch(

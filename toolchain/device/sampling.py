@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from toolchain.errors import UsageError
+from toolchain.errors import NumericGateError, UsageError
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,17 @@ class Sampler:
         self._generator = np.random.default_rng(self.plan.seed)
 
     def choose(self, logits: NDArray[np.floating]) -> int:
-        """One token id from logits [vocabulary]; of equal largest ones the first where it is greedy."""
+        """One token id from logits [vocabulary]; of equal largest ones the first where it is greedy.
+
+        Raises:
+            NumericGateError: the largest is no number or infinite, so that any choice would be noise.
+        """
+        if not np.isfinite(logits.max()):  # NaN anywhere makes the largest NaN
+            raise NumericGateError(
+                f"logits: expected finite ones, found {int(np.isnan(logits).sum())} NaN and "
+                f"{int(np.isposinf(logits).sum())} infinite of {logits.size}; a matrix product overflowed: ask with "
+                "--backend ort to see whether the engines are at fault, and report it"
+            )
         if self.plan.temperature == 0:
             return int(np.argmax(logits))
         tokens, shares = kept_shares(logits, self.plan)

@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from safetensors.numpy import save_file
 
+from toolchain.budget import SCORES_BYTES
 from toolchain.errors import BudgetError, InputDataError, MgvqError, UsageError
 from toolchain.graph import vq_op
 from toolchain.graph.export import FORMAT_KEY, TAPS_KEY
@@ -35,7 +36,7 @@ from toolchain.graph.passes.plugin_attributes import plugin_attributes
 from toolchain.graph.passes.remove_bodies import remove_bodies
 from toolchain.graph.passes.split_rows import split_rows
 from toolchain.graph.passes.strip_taps import strip_taps
-from toolchain.graph.passes.tile_queries import SCORES_BYTES, tile_queries
+from toolchain.graph.passes.tile_queries import tile_queries
 from toolchain.graph.plugin_op import SIDECAR
 from toolchain.values import FORMAT_VERSION, write_json
 
@@ -54,12 +55,15 @@ class RewriteOptions:
         block_bytes: the target's largest contiguous block; weights beyond it are cut along their rows. None: no limit.
         largest: graph → input → largest shape. Where it is given, attention is tiled to keep within `scores_bytes`.
         scores_bytes: the most a score tensor of an attention without a mask may take at those shapes.
+        int8_activations: let engines round the inputs of linears to int8 where kernels have it. Validation computes
+            with float16 inputs: what this does to the answers shows only in what the engines answer.
     """
 
     precision: str = "mixed"
     block_bytes: int | None = None
     largest: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     scores_bytes: int = SCORES_BYTES
+    int8_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -90,11 +94,13 @@ class RewriteReport:
     graphs: tuple[RewrittenGraph, ...]
     sidecar_bytes: int
     sidecar_tensors: int
+    int8_activations: bool = False
 
     def to_json(self) -> dict[str, Any]:
         sidecar = {"file": SIDECAR, "bytes": self.sidecar_bytes, "tensors": self.sidecar_tensors}
         graphs = [asdict(graph) for graph in self.graphs]
-        return {"format_version": FORMAT_VERSION, "sidecar": sidecar, "graphs": graphs}
+        shared = {"format_version": FORMAT_VERSION, "int8_activations": self.int8_activations}
+        return shared | {"sidecar": sidecar, "graphs": graphs}
 
 
 Pass = Callable[[gs.Graph], PassResult]
@@ -123,7 +129,8 @@ def device_passes(taps: list[str], name: str, sidecar: Sidecar, options: Rewrite
         remove_bodies,  # after fusing, which may bring a body kind that no node had before
         lambda graph: externalize_weights(graph, sidecar),  # after fusing, or the sidecar would hold unfused codes
         lambda graph: dense_inputs(graph, sidecar),  # after precision, which stores them in the dtype they end with
-        plugin_attributes,  # last: the nodes are the plugin's by now, and nothing after it reads attributes
+        # Last: the nodes are the plugin's by now, and nothing after it reads attributes.
+        lambda graph: plugin_attributes(graph, options.int8_activations),
     ]
 
 
@@ -152,7 +159,7 @@ def device_form(reference: Path, folder: Path, options: RewriteOptions | None = 
         reports.append(RewrittenGraph(path.stem, before, len(graph.nodes), vq_nodes, results))
         save_graph(graph, folder / path.name)
     save_file(sidecar.tensors, folder / SIDECAR, metadata={"format_version": str(FORMAT_VERSION)})
-    report = RewriteReport(tuple(reports), sidecar.nbytes, len(sidecar.tensors))
+    report = RewriteReport(tuple(reports), sidecar.nbytes, len(sidecar.tensors), options.int8_activations)
     write_json(folder / REPORT, report.to_json())
     return report
 

@@ -48,12 +48,13 @@ class Port:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An integer attribute and its range, both ends included."""
+    """An integer attribute and its range, both ends included; one with a default may be absent."""
 
     name: str
     lowest: int
     highest: int
     meaning: str
+    default: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ ATTRIBUTES = (
     Attribute("window", 1, 9, "L: window bits, at least shift"),
     Attribute("format_version", FORMAT_VERSION, FORMAT_VERSION, "version of the weight format"),
 )
+# A permission, not an order: an engine may then pick kernels that round x to int8, which changes results.
+ALLOW_INT8 = Attribute("allow_int8", 0, 1, "tactics may round x to int8 (vector = 4 has them)", 0)
 VQ_LINEAR = OpContract(
     LINEAR,
     (
@@ -88,7 +91,7 @@ VQ_LINEAR = OpContract(
         Port("bias", "[rows]", ("float",), FLOATING, optional=True),
     ),
     Port("y", "[..., rows]", ("float",), FLOATING),
-    ATTRIBUTES,
+    (*ATTRIBUTES, ALLOW_INT8),
     "y = x Wᵀ + bias, W[i, block] = scales[i] · table[window] (toolchain/vq/format.py); the plugin rounds x to float16",
 )
 VQ_EMBEDDING = OpContract(
@@ -102,7 +105,7 @@ CONTRACTS = {LINEAR: VQ_LINEAR, EMBEDDING: VQ_EMBEDDING}
 
 
 def code_attributes(code: VQCode, rows: int, columns: int) -> dict[str, int]:
-    """The six attributes of a node, in the contract's order."""
+    """The required attributes of a node, in the contract's order."""
     values = (rows, columns, code.vector, code.shift, code.window, FORMAT_VERSION)
     return {attribute.name: value for attribute, value in zip(ATTRIBUTES, values)}
 
@@ -114,8 +117,8 @@ def code_from_attributes(attributes: dict[str, int], where: str) -> tuple[VQCode
         ShapeError: an attribute is missing or out of its range.
         UnsupportedError: the three numbers are not a legal code.
     """
-    for attribute in ATTRIBUTES:
-        value = attributes.get(attribute.name)
+    for attribute in VQ_LINEAR.attributes:
+        value = attributes.get(attribute.name, attribute.default)
         if value is None or not attribute.lowest <= int(value) <= attribute.highest:
             raise ShapeError(
                 f"node {where}: attribute {attribute.name} ({attribute.meaning}) must be in "
@@ -167,7 +170,7 @@ def _schema(contract: OpContract) -> onnx.defs.OpSchema:
     symbol = {"bias": "T_x" if contract.name == LINEAR else "T_y", "y": "T_x" if contract.name == LINEAR else "T_y"}
     ports = (*contract.inputs, contract.output)
     types = {symbol.get(port.name, f"T_{port.name}"): port for port in ports}
-    integer, text = schema.AttrType.INT, schema.AttrType.STRING
+    text = schema.AttrType.STRING
     return schema(
         contract.name,
         DOMAIN,
@@ -185,11 +188,19 @@ def _schema(contract: OpContract) -> onnx.defs.OpSchema:
         outputs=[schema.FormalParameter("y", symbol["y"], contract.output.shape)],
         type_constraints=[(name, port.types, port.shape) for name, port in types.items()],
         attributes=[
-            *(schema.Attribute(x.name, integer, x.meaning, required=True) for x in contract.attributes),
+            *(_schema_attribute(attribute) for attribute in contract.attributes),
             schema.Attribute("plugin_version", text, "device form only", required=False),
             schema.Attribute("plugin_namespace", text, "device form only", required=False),
         ],
     )
+
+
+def _schema_attribute(attribute: Attribute) -> onnx.defs.OpSchema.Attribute:
+    schema = onnx.defs.OpSchema
+    if attribute.default is None:
+        return schema.Attribute(attribute.name, schema.AttrType.INT, attribute.meaning, required=True)
+    default = onnx.helper.make_attribute(attribute.name, attribute.default)
+    return schema.Attribute(attribute.name, default, attribute.meaning)
 
 
 def contract_header() -> str:
@@ -213,7 +224,9 @@ def contract_header() -> str:
     ]
     for contract in CONTRACTS.values():
         lines += ["", *_header_of(contract)]
-    lines += ["", "// Attributes of both ops, all of them int.", *_header_of_attributes()]
+    lines += ["", "// Attributes of both ops, all of them int.", *map(_header_of_attribute, ATTRIBUTES)]
+    lines.append(f"inline constexpr int kRequiredAttributes = {len(ATTRIBUTES)};")
+    lines += ["", f"// {LINEAR}'s alone; {ALLOW_INT8.default} where it is absent.", _header_of_attribute(ALLOW_INT8)]
     return "\n".join([*lines, "", "}  // namespace mgvq::contract", ""])
 
 
@@ -229,13 +242,10 @@ def _header_of(contract: OpContract) -> list[str]:
     return lines
 
 
-def _header_of_attributes() -> list[str]:
-    lines = []
-    for attribute in ATTRIBUTES:
-        name = "".join(word.capitalize() for word in attribute.name.split("_"))
-        span = f"{attribute.lowest}..{attribute.highest}"
-        lines.append(f'inline constexpr char kAttribute{name}[] = "{attribute.name}";  // {span}: {attribute.meaning}')
-    return lines
+def _header_of_attribute(attribute: Attribute) -> str:
+    name = "".join(word.capitalize() for word in attribute.name.split("_"))
+    span = f"{attribute.lowest}..{attribute.highest}"
+    return f'inline constexpr char kAttribute{name}[] = "{attribute.name}";  // {span}: {attribute.meaning}'
 
 
 if __name__ == "__main__":

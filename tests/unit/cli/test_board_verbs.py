@@ -43,6 +43,32 @@ def test_dense_twins_are_built_on_a_board_only_if_asked_for(sent):
         assert sent["arguments"] == ["--backend", "tensorrt_rtx", expected, "--format", "json"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sm", "87"], "an SM can be chosen with backend tensorrt_rtx only"),
+        (["--no-dense"], "--no-dense has no effect with --backend tensorrt"),
+        (["--backend", "tensorrt_rtx", "--plugin", "p.so"], "has no plugins"),
+    ],
+)
+def test_flags_without_effect_are_refused_before_a_board_is_asked(sent, capsys, flags, words):
+    assert main(["build", "b", "-o", "e", "--host", "h", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert "host" not in sent
+
+
+def test_warnings_are_shown_as_far_as_a_person_reads_them():
+    from toolchain.cli.board import MOST_WARNINGS, _build_text
+    from toolchain.device.engine import BuildReport, BuiltEngine
+
+    engine = BuiltEngine("vision", "vision.engine", 1 << 20, 1.0, 5, plugin_layers=3)
+    for count, more in ((MOST_WARNINGS, None), (70, "65 more warnings of the builder are in build.json")):
+        report = BuildReport("tensorrt", "10.3", "87", "b", (engine,), tuple(f"w{i}" for i in range(count)))
+        lines = _build_text(report).splitlines()
+        assert [line for line in lines if line.startswith("warning: ")] == [f"warning: w{i}" for i in range(5)]
+        assert (lines[-1] == more) == (more is not None)
+
+
 def test_the_boards_exit_code_passes_through(sent):
     sent["code"] = 5
     assert main(["build", "b", "-o", "e", "--host", "h"]) == 5

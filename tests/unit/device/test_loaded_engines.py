@@ -91,6 +91,10 @@ def test_a_folder_without_or_with_a_damaged_record_is_refused(trt, tmp_path, eng
     (folder / "build.json").write_text("{")
     with pytest.raises(InputDataError, match="is damaged"):
         load_engines(trt, folder, "tensorrt", bundle)
+    for text, words in (('{"backend": "tensorrt", "engines": []}', "lacks builder_version, bundle:"), ("[]", "lacks ")):
+        (folder / "build.json").write_text(text)
+        with pytest.raises(InputDataError, match=words):
+            load_engines(trt, folder, "tensorrt", bundle)
 
 
 def test_the_plugin_library_is_checked_and_loaded_first(trt, engines, bundle, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from toolchain.device.sampling import Sampler, SamplingPlan, kept_shares
-from toolchain.errors import UsageError
+from toolchain.errors import NumericGateError, UsageError
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=50).astype(np.float32) * 2
@@ -63,6 +63,16 @@ def test_top_p_worked_by_hand():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
     for top_p, kept in ((0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 4)):
         assert len(kept_shares(logits, SamplingPlan(1.0, top_p=top_p))[0]) == kept, top_p
+
+
+@pytest.mark.parametrize("plan", [SamplingPlan(), SamplingPlan(temperature=0.7, seed=1)])
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "1 NaN and 0 infinite of 3"), (np.inf, "0 NaN and 1 infinite")])
+def test_an_overflow_is_refused_and_a_masked_token_is_not(plan, value, words):
+    logits = np.array([0.0, 2.0, -1.0], dtype=np.float32)
+    with pytest.raises(NumericGateError, match=words) as caught:
+        Sampler(plan).choose(np.where(np.arange(3) == 2, value, logits))
+    assert caught.value.exit_code == 4
+    assert Sampler(plan).choose(np.array([-np.inf, 2.0, -np.inf])) == 1
 
 
 def test_top_p_counts_within_top_k():

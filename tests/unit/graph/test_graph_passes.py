@@ -127,6 +127,38 @@ def test_plugin_attributes_are_on_every_node(device):
                 assert found == {"plugin_version": b"1", "plugin_namespace": b""}
 
 
+def test_int8_is_allowed_where_it_was_asked_for_and_has_kernels():
+    def node(op, vector, **attributes):
+        given = {"vector": vector, **attributes}
+        return gs.Node(op, f"{op}{vector}", given, [gs.Variable("x")], [gs.Variable(f"{op}{vector}.y")], domain="mgvq")
+
+    def allowed(asked):
+        nodes = [node("VQLinear", 4), node("VQLinear", 2, allow_int8=1), node("VQEmbedding", 4)]
+        plugin_attributes(gs.Graph(nodes), *asked)
+        return {each.name: each.attrs["allow_int8"] for each in nodes if "allow_int8" in each.attrs}
+
+    assert allowed(()) == {}
+    assert allowed((True,)) == {"VQLinear4": 1}
+
+
+def test_a_device_form_allows_int8_only_where_its_options_do(tiny_reference, device, tmp_path):
+    def found(folder):
+        nodes = [node for name in GRAPHS for node in onnx.load(folder / f"{name}.onnx").graph.node]
+        ours = [({x.name: x.i for x in node.attribute}, node.op_type) for node in nodes if node.domain == vq_op.DOMAIN]
+        return [(kind, values["vector"], values.get("allow_int8", 0)) for values, kind in ours]
+
+    def said(folder):
+        return json.loads((folder / pipeline.REPORT).read_text())["int8_activations"]
+
+    assert {allowed for _, _, allowed in found(device[0])} == {0}
+    assert said(device[0]) is False
+    pipeline.device_form(tiny_reference.folder, tmp_path, pipeline.RewriteOptions(int8_activations=True))
+    for kind, vector, allowed in found(tmp_path):
+        assert allowed == int(kind == "VQLinear" and vector == 4)
+    assert any(allowed for _, _, allowed in found(tmp_path))
+    assert said(tmp_path) is True
+
+
 def test_plugin_attributes_replace_what_is_there(tiny_reference):
     graph = imported(tiny_reference, "embed")
     node = next(node for node in graph.nodes if node.domain == vq_op.DOMAIN)

@@ -175,7 +175,24 @@ def test_checker_holds_nodes_to_the_contract():
         one_node_model(node, "VQLinear", (128, 16), arrays)
 
 
-@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("window", 10), ("format_version", 2)])
+@pytest.mark.parametrize("allowed", [None, 0, 1])
+def test_leave_to_round_to_int8_may_be_absent_and_is_linears_alone(allowed):
+    rng = np.random.default_rng(0)
+    code = VQCode(4, 8, 8)
+    _, table, scales = random_weights(code, 128, 16, rng)
+    arrays = {"codes": np.zeros(code.codes_bytes(128, 16), np.int8), "table": table, "scales": scales}
+    attributes = vq_op.code_attributes(code, 128, 16) | ({} if allowed is None else {"allow_int8": allowed})
+    assert vq_op.code_from_attributes(attributes, "a.b") == (code, 128, 16)
+    node = helper.make_node("VQLinear", ["x", *arrays], ["y"], "layer", domain=vq_op.DOMAIN, **attributes)
+    model = one_node_model(node, "VQLinear", (128, 16), arrays)
+    x = rng.standard_normal((1, 2, 16)).astype(np.float32)
+    # A permission: what the op is stays the same, whatever an engine may round.
+    assert ReferenceEvaluator(model, new_ops=PLUGIN_OPS).run(None, {"x": x})[0].shape == (1, 2, 128)
+    assert vq_op.ALLOW_INT8 not in vq_op.VQ_EMBEDDING.attributes
+    assert onnx.defs.get_schema("VQLinear", 1, vq_op.DOMAIN).attributes["allow_int8"].default_value.i == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("window", 10), ("format_version", 2), ("allow_int8", 2)])
 def test_attributes_out_of_range_are_refused_by_name(name, value):
     attributes = vq_op.code_attributes(VQCode(4, 8, 8), 128, 16) | {name: value}
     with pytest.raises(ShapeError, match=f"node a.b: attribute {name}"):
@@ -204,4 +221,5 @@ def test_contract_header_has_every_input_and_attribute():
     for contract in vq_op.CONTRACTS.values():
         assert f'"{contract.name}"' in text
         assert all(port.name.capitalize() in text for port in contract.inputs)
-    assert all(f'"{attribute.name}"' in text for attribute in vq_op.ATTRIBUTES)
+    assert all(f'"{attribute.name}"' in text for attribute in vq_op.VQ_LINEAR.attributes)
+    assert f"kRequiredAttributes = {len(vq_op.VQ_EMBEDDING.attributes)};" in text

@@ -16,12 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from toolchain.budget import MOST_TILES, SCORES_BYTES
 from toolchain.graph.passes import PassResult, Refusal
-
-# One tower layer of Qwen2-VL on its largest picture in 768 tokens has 604 MB of float32 scores; a tenth of it stays
-# below what an 8 GB board gives in one block without a kernel argument (256 MiB), and fills its GPU still.
-SCORES_BYTES = 64 << 20
-MOST_TILES = 64  # a tile is five nodes a layer; beyond this a smaller largest picture serves better
 
 
 @dataclass(frozen=True)
