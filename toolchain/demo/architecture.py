@@ -6,6 +6,8 @@ whose 1,176 inputs are no multiple of 16, heads of 64, and dynamic resolution.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -65,17 +67,35 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
-def demo_config(tokenizer: Tokenizer):
-    """transformers.Qwen2VLConfig of the demo model: 4 vision blocks of 128, 8 decoder layers of 256, tied head."""
+@dataclass(frozen=True)
+class Sizes:
+    """Widths and depths; heads of the decoder are 64 wide, as `mrope_section` has them."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    key_value_heads: int
+    vision_embed: int
+    vision_depth: int
+    vision_heads: int
+
+
+# "demo" is shipped (5.3 million weights); "larger" (25.0 million) shows whether what holds for it holds for another.
+SIZES = {"demo": Sizes(256, 384, 8, 2, 128, 4, 4), "larger": Sizes(512, 1024, 8, 4, 256, 6, 8)}
+
+
+def demo_config(tokenizer: Tokenizer, size: str = "demo"):
+    """transformers.Qwen2VLConfig of a model of SIZES, tied head."""
     from transformers import Qwen2VLConfig
 
+    sizes = SIZES[size]
     return Qwen2VLConfig(
         text_config={
-            "hidden_size": 256,
-            "intermediate_size": 384,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.hidden // 64,
+            "num_key_value_heads": sizes.key_value_heads,
             "vocab_size": VOCAB_SIZE,
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
@@ -86,10 +106,10 @@ def demo_config(tokenizer: Tokenizer):
             "pad_token_id": token_id(tokenizer, "<|endoftext|>"),
         },
         vision_config={
-            "depth": 4,
-            "embed_dim": 128,
-            "hidden_size": 256,
-            "num_heads": 4,
+            "depth": sizes.vision_depth,
+            "embed_dim": sizes.vision_embed,
+            "hidden_size": sizes.hidden,
+            "num_heads": sizes.vision_heads,
             "mlp_ratio": 3,
             "patch_size": 14,
             "spatial_merge_size": 2,
@@ -103,13 +123,13 @@ def demo_config(tokenizer: Tokenizer):
     )
 
 
-def build_model(tokenizer: Tokenizer, seed: int = 0):
-    """A randomly initialised Qwen2VLForConditionalGeneration (float32) of the demo's config."""
+def build_model(tokenizer: Tokenizer, seed: int = 0, size: str = "demo"):
+    """A randomly initialised Qwen2VLForConditionalGeneration (float32) of one of SIZES."""
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    return Qwen2VLForConditionalGeneration(demo_config(tokenizer))
+    return Qwen2VLForConditionalGeneration(demo_config(tokenizer, size))
 
 
 def save_processor_files(tokenizer: Tokenizer, folder) -> None:

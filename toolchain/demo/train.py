@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ class Schedule:
     finding_weight: float = 0.25
     finding_start: int = 3250
     first_steps: int = 3400
+    restart: int = 3250
     hard_start: int = 4500
     hard_share: float = 0.7
     restart_rate: float = 4e-4
@@ -184,22 +185,32 @@ def _batched_vision(visual, patches: torch.Tensor, grid: tuple[int, int]) -> tor
 
 
 def learning_rate_at(step: int, schedule: Schedule) -> float:
-    """Linear warm-up and a cosine over `first_steps`; from `finding_start` on a second, lower cosine to the end."""
+    """Linear warm-up and a cosine over `first_steps`; from `restart` on a second, lower cosine to the end."""
     if step < schedule.warmup:
         return schedule.learning_rate * (step + 1) / schedule.warmup
     peak, start, end = schedule.learning_rate, schedule.warmup, schedule.first_steps
-    if step >= schedule.finding_start:
-        peak, start, end = schedule.restart_rate, schedule.finding_start, schedule.steps
+    if step >= schedule.restart:
+        peak, start, end = schedule.restart_rate, schedule.restart, schedule.steps
     progress = min(1.0, (step - start) / max(1, end - start))
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(folder: Path, schedule: Schedule, seed: int, resume: bool) -> None:
+def schedule_for(size: str) -> Schedule:
+    """The schedule of one of `architecture.SIZES`: what the demo's plateaus asked for late, the larger has at once."""
+    if size == "demo":
+        return Schedule()
+    return Schedule(
+        steps=3000, batch=12, learning_rate=8e-4, naming_start=0, looking_start=0, finding_start=0, hard_start=1500,
+        first_steps=3000, restart=3000,
+    )  # fmt: skip
+
+
+def train(folder: Path, schedule: Schedule, seed: int, resume: bool, size: str = "demo") -> None:
     """Train and save weights, tokenizer and log into `folder`; a checkpoint every 250 steps."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = architecture.train_tokenizer(seed)
     plan = ImagePlan(min_pixels=architecture.MIN_PIXELS, max_pixels=architecture.MAX_PIXELS)
-    model = architecture.build_model(tokenizer, seed)
+    model = architecture.build_model(tokenizer, seed, size)
     trained = torch.nn.ModuleDict({"model": model, "heads": Heads(model.config.text_config.hidden_size)})
     optimizer = _optimizer(trained, schedule)
     start, checkpoint = 0, folder / "training.pt"
@@ -252,16 +263,20 @@ def _optimizer(trained: torch.nn.Module, schedule: Schedule) -> torch.optim.Adam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, tokenizer and log")
-    parser.add_argument("--steps", type=int, default=Schedule.steps)
-    parser.add_argument("--batch", type=int, default=Schedule.batch, help="pictures a step")
-    parser.add_argument("--learning-rate", type=float, default=Schedule.learning_rate)
+    parser.add_argument("--size", choices=list(architecture.SIZES), default="demo")
+    parser.add_argument("--steps", type=int, help="instead of the size's own")
+    parser.add_argument("--batch", type=int, help="pictures a step, instead of the size's own")
+    parser.add_argument("--learning-rate", type=float, help="instead of the size's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    schedule = Schedule(steps=options.steps, batch=options.batch, learning_rate=options.learning_rate)
-    train(options.output, schedule, options.seed, options.resume)
+    given = {name: getattr(options, name) for name in ("steps", "batch", "learning_rate")}
+    schedule = replace(
+        schedule_for(options.size), **{name: value for name, value in given.items() if value is not None}
+    )
+    train(options.output, schedule, options.seed, options.resume, options.size)
 
 
 if __name__ == "__main__":
