@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput, tied_moment
 from toolchain.dry_runs import expected_loss
+from toolchain.job import Job
 from toolchain.mending import ROWS_UP_TO
-from toolchain.models.family import Config, Family
 from toolchain.moments import Masses, collect_pairs
 from toolchain.recipe import Recipe
 from toolchain.sequence import Solved, planned_code
@@ -29,23 +28,6 @@ from toolchain.vq.weights import Options, SegmentedGroup, StoredWeights, VQGroup
 
 ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
 HELD_OUT = 4  # every so many-th sample weighs the groups and gates what the others fitted
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to quantize and how. `model` is full precision and is given up: the result is made in it."""
-
-    model: nn.Module
-    family: Family
-    config: Config
-    specs: tuple[LayerSpec, ...]
-    inputs: list[CalibrationInput]
-    bits: float | None
-    budget_bytes: int | None
-    overrides: tuple[tuple[str, str], ...]
-    options: Options
-    seed: int
-    kept_dtype: torch.dtype  # what stays in 16 bits is stored in it
 
 
 def held_out_samples(inputs: Sequence[CalibrationInput]) -> range:
@@ -79,6 +61,7 @@ class DriftSolver:
         self.statistics = LossStatistics()
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
+        self.pairs, self.statistics = {}, LossStatistics()  # the last step's must not lie beside this one's
         groups = {spec.group for spec in step}
         asked = [spec for spec in self.job.specs if spec.group in groups and spec.kind != "embedding"]
         full = self.full if self.recipe.drift else None

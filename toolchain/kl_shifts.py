@@ -15,15 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration import CalibrationInput, picture_digest
-from toolchain.errors import InputDataError
+from toolchain.calibration import CalibrationInput
 from toolchain.kl import token_divergences
 from toolchain.modules import keep_decoded, vq_modules
 from toolchain.statistics import answer_scores, draw_labels
 from toolchain.values import LayerSpec
 from toolchain.vq.curvature import newton_shift
-
-HELD_OUT = 4  # every so many-th picture chooses the step, and gives no gradient
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,25 +45,6 @@ def teacher_scores(
             if progress:
                 progress("teacher", len(found), len(inputs))
     return found
-
-
-def split_pictures(inputs: Sequence[CalibrationInput]) -> tuple[list[int], list[int]]:
-    """(samples that give gradients, samples held out): every HELD_OUT-th picture, with all its questions, is held out.
-
-    Raises:
-        InputDataError: there are too few pictures for either part.
-    """
-    order: dict[bytes, int] = {}
-    owners = []
-    for one in inputs:
-        owners.append(order.setdefault(picture_digest(one), len(order)))
-    if len(order) < HELD_OUT:
-        raise InputDataError(
-            f"a Jacobi round holds every {HELD_OUT}th calibration picture out: expected at least {HELD_OUT} different "
-            f"pictures, found {len(order)}; add pictures, or leave rounds out"
-        )
-    apart = [number for number, owner in enumerate(owners) if owner % HELD_OUT == HELD_OUT - 1]
-    return [number for number in range(len(inputs)) if number not in set(apart)], apart
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Reporter(Protocol):
 
     def stage(self, title: str) -> None: ...
     def step(self, done: int, total: int, what: str = "") -> None: ...
+    def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None: ...
     def done(self, summary: str) -> None: ...
 
 
@@ -126,11 +127,13 @@ def _plan_stage(checked: Checked, run: RunFolder, reporter: Reporter) -> StageRe
 
 def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: str, method: str) -> StageResult:
     from toolchain.inspection import quantize_summary
+    from toolchain.pace import LayerPace
     from toolchain.quantize import quantize_checkpoint
 
     settings = checked.settings
 
     def work(folder: Path) -> dict[str, Any]:
+        pace = LayerPace(checked.family.layers(checked.checkpoint.config))
         result = quantize_checkpoint(
             settings.model,
             checked.calibration,
@@ -140,7 +143,7 @@ def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: 
             budget_bytes=settings.budget_bytes if settings.quantize.bits is None else None,
             overrides=list(settings.quantize.codes.items()),
             seed=settings.quantize.seed,
-            progress=lambda layer, done, total: reporter.step(done, total, layer.name),
+            progress=lambda layer, done, total: reporter.layer(done, total, layer.name, pace.after(layer)),
             watch=lambda what, done, total: reporter.step(done, total, what),
         )
         return quantize_summary(result)

@@ -3,112 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration import CalibrationInput
-from toolchain.finetune import TuneSettings, fine_tune
+from toolchain.finetune import fine_tune
 from toolchain.install import TABLES
+from toolchain.job import Job
 from toolchain.kl_shifts import teacher_scores
 from toolchain.modules import vq_modules
 from toolchain.moments import Masses, collect_pairs
 from toolchain.objects import ObjectStore
 from toolchain.rounds import jacobi_round
 from toolchain.statistics import collect_loss_statistics
+from toolchain.tune_settings import TuneSettings
+from toolchain.tune_state import packed, unpacked
 from toolchain.values import BitPlan, LayerSpec
 
 Watch = Callable[[str, int, int], None]
 ROUNDS = 2
 ROWS_UP_TO = 4_096  # layers of more outputs take S_o = I in a round: S_o alone would be 64 MiB and more
+UNFINISHED = "tune.steps"  # the piece that holds a fine-tuning on its way
 
 
-@dataclass(frozen=True)
-class Patient:
-    """A quantized model, the full-precision one with the same column orders, and what they are compared on."""
-
-    model: nn.Module
-    full: nn.Module
-    inputs: Sequence[CalibrationInput]
-    specs: Sequence[LayerSpec]
-    plan: BitPlan
-    masses: Masses
-    seed: int
-    kept_dtype: torch.dtype
-
-
-def mend_by_rounds(patient: Patient, store: ObjectStore, coupled: bool, watch: Watch) -> list[dict[str, Any]]:
+def mend_by_rounds(
+    job: Job, model: nn.Module, plan: BitPlan, masses: Masses, store: ObjectStore, coupled: bool, watch: Watch
+) -> list[dict[str, Any]]:
     """At most ROUNDS Jacobi rounds, in place; what each did. The first that helps nothing is the last.
 
-    Layers in K-segments, embeddings and what is tied to them keep their codes. Second moments of all layers' inputs
-    are held at once.
+    Layers in K-segments, embeddings and what is tied to them keep their codes. Unlike the sweep a round holds the
+    second moments, output curvatures and gradients of all layers at once: one step is chosen for all of them.
 
     Args:
+        model: quantized from `job.model`, with the same column orders.
         coupled: rows count by S_o, the second moment of the output gradients; else each alike.
     """
-    linears = [spec for spec in patient.specs if spec.kind != "embedding" and not spec.tied_to]
-    stored = {spec.group for spec in patient.specs if spec.tied_to}
-    linears = [spec for spec in linears if spec.group not in stored and not patient.plan.layer(spec.name).segments]
+    linears = [spec for spec in job.specs if spec.kind != "embedding" and not spec.tied_to]
+    stored = {spec.group for spec in job.specs if spec.tied_to}
+    linears = [spec for spec in linears if spec.group not in stored and not plan.layer(spec.name).segments]
     scores, factors = None, None
     found: list[dict[str, Any]] = []
     for number in range(ROUNDS):
         kept = store.get(f"round.{number}")
         if kept is None:
             if scores is None:
-                scores = teacher_scores(patient.full, patient.inputs)
-                factors = _row_factors(patient, linears, watch) if coupled else {}
-            pairs = collect_pairs(patient.model, None, patient.inputs, linears, patient.masses)
-            moments = {group: pair.whole.moment / pair.whole.mass for group, pair in pairs.items()}
+                scores = teacher_scores(job.model, job.inputs)
+                factors = _row_factors(job, linears, watch) if coupled else {}
             result = jacobi_round(
-                patient.model,
+                model,
                 scores,
-                patient.inputs,
-                moments,
+                job.inputs,
+                _moments(job, model, linears, masses),
                 factors or {},
-                patient.specs,
-                patient.plan,
-                seed=patient.seed + number,
+                job.specs,
+                plan,
+                seed=job.seed + number,
                 progress=lambda what, done, total: watch(f"round: {what}", done, total),
             )
-            store.put(f"round.{number}", _state(patient.model), asdict(result))
+            store.put(f"round.{number}", _state(model), asdict(result))
             found.append(asdict(result))
         else:
-            _load(patient.model, kept[0])
+            _load(model, kept[0])
             found.append(kept[1])
         if not found[-1]["step"]:
             break
     return found
 
 
-def _row_factors(patient: Patient, linears: Sequence[LayerSpec], watch: Watch) -> dict[str, Tensor]:
+def _moments(job: Job, model: nn.Module, linears: Sequence[LayerSpec], masses: Masses) -> dict[str, Tensor]:
+    """Group → S_i float32[n, n]; the halves that it was added up in go with this call."""
+    pairs = collect_pairs(model, None, job.inputs, linears, masses)
+    return {group: pair.whole.moment / pair.whole.mass for group, pair in pairs.items()}
+
+
+def _row_factors(job: Job, linears: Sequence[LayerSpec], watch: Watch) -> dict[str, Tensor]:
     return collect_loss_statistics(
-        patient.full,
-        patient.inputs,
+        job.model,
+        job.inputs,
         linears,
         rows_up_to=ROWS_UP_TO,
-        seed=patient.seed,
+        seed=job.seed,
         progress=lambda done, total: watch("output curvature", done, total),
     ).rows
 
 
-def mend_by_tuning(patient: Patient, store: ObjectStore, watch: Watch) -> dict[str, Any]:
-    """Tables, scales, norms and biases fine-tuned in place; what that did."""
+def mend_by_tuning(job: Job, model: nn.Module, store: ObjectStore, watch: Watch) -> dict[str, Any]:
+    """Tables, scales, norms and biases fine-tuned in place; what that did. A killed run goes on after the last state
+    kept, and ends in the same bytes.
+
+    Args:
+        model: quantized from `job.model`, with the same column orders.
+
+    Raises:
+        InputDataError: the state kept is damaged.
+        UsageError: it is of another run.
+    """
 
     def make() -> tuple[dict[str, Tensor], Any]:
+        kept = store.get(UNFINISHED, refuses_damage=True)
         result = fine_tune(
-            patient.model,
-            patient.full,
-            patient.inputs,
-            TuneSettings(kept_dtype=patient.kept_dtype),
-            seed=patient.seed,
+            model,
+            job.model,
+            job.inputs,
+            TuneSettings(kept_dtype=job.kept_dtype),
+            seed=job.seed,
             progress=lambda done, total, loss: watch("fine-tuning", done, total),
+            save=lambda state: store.put(UNFINISHED, *packed(state)),
+            resume=None if kept is None else unpacked(*kept),
         )
-        return _state(patient.model), asdict(result)
+        return _state(model), asdict(result)
 
     tensors, result = store.made("tune", make)
-    _load(patient.model, tensors)
+    store.drop(UNFINISHED)
+    _load(model, tensors)
     return result
 
 

@@ -24,8 +24,9 @@ from toolchain.dealing import (
     measured_orders,
     rank_columns,
 )
-from toolchain.drift_solver import DriftSolver, Job, held_out_samples, row_weights_of
-from toolchain.mending import Patient, Watch, mend_by_rounds, mend_by_tuning
+from toolchain.drift_solver import DriftSolver, held_out_samples, row_weights_of
+from toolchain.job import Job
+from toolchain.mending import Watch, mend_by_rounds, mend_by_tuning
 from toolchain.models.inventory import kept_parameters
 from toolchain.moments import Masses, Survey, collect_pairs, survey_inputs
 from toolchain.objects import ObjectStore
@@ -75,12 +76,11 @@ def quantize_model(
     quantized = copy.deepcopy(full)
     solver = DriftSolver(job, recipe, plan, full, masses)
     layers = quantize_in_sequence(quantized, job.specs, plan, solver, store, job.seed, progress)
-    patient = Patient(quantized, full, job.inputs, job.specs, plan, masses, job.seed, job.kept_dtype)
     mended: dict[str, Any] = {}
     if recipe.rounds:
-        mended["rounds"] = mend_by_rounds(patient, store, recipe.fisher, say)
+        mended["rounds"] = mend_by_rounds(job, quantized, plan, masses, store, recipe.fisher, say)
     if recipe.tune:
-        mended["tune"] = mend_by_tuning(patient, store, say)
+        mended["tune"] = mend_by_tuning(job, quantized, store, say)
     return Made(quantized, plan, layers, orders, sensitivity, mended)
 
 

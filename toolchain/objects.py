@@ -3,7 +3,8 @@
     FOLDER/key.json                       what the pieces were made from; another key is another run
     FOLDER/NAME.DIGEST.safetensors        a piece; DIGEST is its content's SHA-256, shortened
 
-A piece appears whole or not at all. One whose content does not have its digest is made again.
+A piece appears whole or not at all, and the one it replaces goes after it has come. One whose content does not have
+its digest is made again, or refused where what it took to make is worth a word (`get`).
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class ObjectStore:
 
         Raises:
             UsageError: another word than these.
-            InputDataError: `resume` is "required" and there is nothing to go on with.
+            InputDataError: `resume` is "required" and there is nothing to go on with, or key.json is no JSON object.
         """
         if resume not in RESUME:
             raise UsageError(f"resume {resume!r}: expected one of {', '.join(RESUME)}")
         path = folder / KEY_FILE
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = _key_of(path) if path.is_file() else None
         if resume == "required" and found != key:
             differs = "there is none" if found is None else f"it differs in {', '.join(_differing(found, key))}"
             raise InputDataError(
@@ -60,15 +61,25 @@ class ObjectStore:
             shutil.rmtree(folder, ignore_errors=True)
         return cls(folder, key)
 
-    def get(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        """(tensors, JSON value) of a piece, or None where it was not finished."""
-        for path in self._files(name):
+    def get(self, name: str, *, refuses_damage: bool = False) -> tuple[dict[str, Tensor], Any] | None:
+        """(tensors, JSON value) of a piece, or None where it was not finished. The newest, where a kill left two.
+
+        Raises:
+            InputDataError: the content has changed since it was written, and `refuses_damage`; removed otherwise.
+        """
+        for path in sorted(self._files(name), key=lambda path: path.stat().st_mtime_ns, reverse=True):
             content = path.read_bytes()
-            if path.name.split(".")[-2] == _digest(content):
+            written, found = path.name.split(".")[-2], _digest(content)
+            if written == found:
                 tensors = load(content)
                 size = int.from_bytes(content[:8], "little")
                 text = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(TEXT, "null")
                 return tensors, json.loads(text)
+            if refuses_damage:
+                raise InputDataError(
+                    f"{path}: expected content of SHA-256 {written}…, found {found}…; something changed the file after "
+                    "it was written: delete it, and what it holds is made again from the start"
+                )
             path.unlink()
         return None
 
@@ -78,12 +89,18 @@ class ObjectStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / KEY_FILE, self._key)
         content = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {TEXT: json.dumps(value)})
-        for old in self._files(name):
-            old.unlink()
         path = self.folder / f"{name}.{_digest(content)}.safetensors"
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(content)
         os.replace(temporary, path)
+        for old in self._files(name):
+            if old != path:
+                old.unlink()
+
+    def drop(self, name: str) -> None:
+        """Remove a piece, where there is one."""
+        for path in self._files(name):
+            path.unlink()
 
     def made(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
         """The piece of that name, made now where it is not there."""
@@ -102,6 +119,19 @@ class ObjectStore:
     def discard(self) -> None:
         """Remove everything: the run is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _key_of(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputDataError(
+            f"{path}: expected a JSON object that says what this run was made from, found something else; remove "
+            f"{path.parent} to begin anew"
+        )
+    return found
 
 
 def _digest(content: bytes) -> str:

@@ -20,9 +20,10 @@ from toolchain.calibration import calibration_inputs, layer_moments, samples_has
 from toolchain.checkpoint import kept_dtype, load_model, write_quantized
 from toolchain.dealing import write_orders
 from toolchain.folders import Checkpoint, check_output, open_checkpoint, staged_folder
+from toolchain.job import Job
 from toolchain.mending import Watch
 from toolchain.methods import method_named
-from toolchain.mgvq import Job, Made, quantize_model
+from toolchain.mgvq import Made, quantize_model
 from toolchain.models.family import family_for
 from toolchain.models.inventory import kept_parameters
 from toolchain.objects import ObjectStore
@@ -114,6 +115,8 @@ def _key(base: Checkpoint, samples: list[Sample], method: str, job: Job) -> dict
         "seed": job.seed,
         "versions": {"mgvq": __version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
+        "device": str(next(job.model.parameters()).device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     return json.loads(json.dumps(key))
 
@@ -150,6 +153,7 @@ class MomentSolver:
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
         """Layer name → H float32[n, n], from the model as it stands: everything before this step is quantized."""
+        self.moments = {}  # those of the last step must not lie beside this one's
         self.moments = layer_moments(model, self.job.inputs, step, self.job.specs)
 
     def solve(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
+from toolchain.held_out import every_nth_picture
 from toolchain.install import TABLES, link_shared
-from toolchain.kl_shifts import Progress, divergence_of, kl_gradients, newton_shifts, split_pictures
+from toolchain.kl_shifts import Progress, divergence_of, kl_gradients, newton_shifts
 from toolchain.modules import VQModule, chunk_windows, keep_decoded, vq_modules
 from toolchain.values import CHUNK_ROWS, BitPlan, LayerSpec
 from toolchain.vq.assign import index_dtype
@@ -28,6 +29,7 @@ from toolchain.vq.refit_cg import refit
 from toolchain.vq.solve import Solution
 from toolchain.vq.weights import Problem, VQWeights, pack_group, stack_group
 
+HELD_OUT = 4  # every so many-th picture chooses the step, and gives no gradient
 CAP_TRIES = 6  # the least gain of a change is raised so often to stay under the cap
 
 
@@ -198,7 +200,7 @@ def jacobi_round(
         InputDataError: too few calibration pictures to hold some out.
     """
     options = options or RoundOptions()
-    fit, apart = split_pictures(inputs)
+    fit, apart = every_nth_picture(inputs, HELD_OUT)
     members: dict[str, list[LayerSpec]] = {}
     for spec in specs:
         if spec.group in moments and not spec.tied_to:

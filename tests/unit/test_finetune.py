@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 import math
 
@@ -14,22 +13,18 @@ import torch
 from toolchain.calibration import calibration_inputs, read_manifest
 from toolchain.checkpoint import load_model, load_quantized, write_quantized
 from toolchain.errors import InputDataError, NumericGateError, UsageError
-from toolchain.finetune import (
-    TuneSettings,
-    fine_tune,
-    picture_digest,
-    rates,
-    sample_loss,
-    split_pictures,
-    teacher_target,
-    text_tokens,
-)
+from toolchain.finetune import fine_tune
 from toolchain.folders import open_checkpoint
-from toolchain.kl import log_probabilities, token_divergences
+from toolchain.held_out import drawn_pictures
+from toolchain.kl import token_divergences
 from toolchain.models.family import family_for
 from toolchain.modules import vq_modules
+from toolchain.objects import ObjectStore
 from toolchain.quantize import quantize_checkpoint
 from toolchain.statistics import answer_scores
+from toolchain.tune_loss import teacher_target
+from toolchain.tune_settings import TuneSettings
+from toolchain.tune_state import packed, unpacked
 from toolchain.values import BitPlan
 from toolchain.vq.weights import Options
 
@@ -90,7 +85,7 @@ def test_it_gets_nearer_on_all_samples_and_on_those_held_out(quantized, teacher,
 
 def test_what_is_reported_is_what_the_model_does(teacher, inputs, quantized, tuned):
     model, result, _ = tuned
-    _, held, pictures = split_pictures(inputs, FAST.held_out, 0)
+    _, held, pictures = drawn_pictures(inputs, FAST.held_out, 0)
     apart = [inputs[i] for i in held]
     assert (result.held_out_pictures, result.held_out_samples) == (pictures, len(held)) == (1, 2)
     assert result.after == pytest.approx(divergence(model, teacher, apart), rel=1e-3)
@@ -138,13 +133,12 @@ def test_another_seed_gives_another_model(quantized, teacher, inputs, tuned):
 
 
 @pytest.mark.parametrize("step", [2, 5, 7])
-def test_a_run_that_goes_on_ends_in_the_same_bytes(quantized, teacher, inputs, tuned, step):
-    """From the middle of an epoch, from its end, and after the first best state; the state through a file."""
-    file = io.BytesIO()
-    torch.save(tuned[2][step - 1], file)
-    file.seek(0)
+def test_a_run_that_goes_on_ends_in_the_same_bytes(quantized, teacher, inputs, tuned, step, tmp_path):
+    """From the middle of an epoch, from its end, and after the first best state; the state through the store."""
+    store = ObjectStore.open(tmp_path / "run", {})
+    store.put("state", *packed(tuned[2][step - 1]))
     model, steps = load_quantized(quantized), []
-    state = torch.load(file, weights_only=True)
+    state = unpacked(*store.get("state"))
     result = fine_tune(
         model, teacher, inputs, FAST, seed=0, resume=state, progress=lambda done, total, loss: steps.append(done)
     )
@@ -156,7 +150,12 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(quantized, teacher, inputs, t
 def test_the_state_of_another_run_is_refused(quantized, teacher, inputs, tuned):
     model = load_quantized(quantized)
     before = bytes_of(model)
-    for change in ({"seed": 1}, {"settings": dataclasses.replace(FAST, batch=3)}, {"inputs": inputs[:10]}):
+    for change in (
+        {"seed": 1},
+        {"settings": dataclasses.replace(FAST, batch=3)},
+        {"inputs": inputs[:10]},
+        {"inputs": [dataclasses.replace(one, answer_tokens=1) for one in inputs]},
+    ):
         arguments = {"inputs": inputs, "settings": FAST, "seed": 0} | change
         seed = arguments.pop("seed")
         with pytest.raises(UsageError, match="resume: expected the state of a run with these settings"):
@@ -209,35 +208,6 @@ def test_what_cannot_be_tuned_is_refused(quantized, teacher, inputs):
         TuneSettings(held_out=1.0)
 
 
-def test_a_picture_is_never_on_both_sides(inputs):
-    for seed in range(5):
-        train, held, pictures = split_pictures(inputs, 0.4, seed)
-        assert sorted(train + held) == list(range(12))
-        digests = [{picture_digest(inputs[i]) for i in part} for part in (train, held)]
-        assert not digests[0] & digests[1]
-        assert len(digests[1]) == pictures == 2
-    assert split_pictures(inputs, 0.4, 0) == split_pictures(inputs, 0.4, 0)
-    assert len({tuple(split_pictures(inputs, 0.4, seed)[1]) for seed in range(9)}) > 1
-
-
-def test_too_few_pictures_are_all_trained_on(inputs):
-    everything = list(range(8))
-    few = inputs[:4] * 2
-    assert split_pictures(few, 0.2, 0) == (everything, everything, 0)
-    assert split_pictures(inputs, 0.0, 0)[2] == 0
-
-
-def test_text_is_what_stands_after_the_picture(teacher, inputs):
-    one = inputs[0]
-    ids = one.tensors["input_ids"][0]
-    assert text_tokens(one) == len(ids) - 1 - int((ids == teacher.config.image_token_id).nonzero()[-1])
-    target = teacher_target(teacher, one, FAST)
-    assert len(target.log_probabilities) == text_tokens(one)
-    torch.testing.assert_close(target.log_probabilities[-target.answer :], answer_scores(teacher, one))
-    alone = teacher_target(teacher, one, dataclasses.replace(FAST, text_weight=0.0))
-    torch.testing.assert_close(alone.log_probabilities, answer_scores(teacher, one))
-
-
 def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
     bare = [dataclasses.replace(one, answer_tokens=0) for one in inputs]
     for settings in (FAST, dataclasses.replace(FAST, text_weight=0.0)):
@@ -246,34 +216,5 @@ def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
         torch.testing.assert_close(target.log_probabilities[-1:], answer_scores(teacher, bare[0]))
         result = fine_tune(load_quantized(quantized), teacher, bare, settings, seed=0)
         assert result.before == pytest.approx(
-            divergence(load_quantized(quantized), teacher, [bare[i] for i in split_pictures(bare, 0.2, 0)[1]]), rel=1e-3
+            divergence(load_quantized(quantized), teacher, [bare[i] for i in drawn_pictures(bare, 0.2, 0)[1]]), rel=1e-3
         )
-
-
-def test_loss_by_hand():
-    """At temperature 1 without text it is the answer's KL; softening flattens logits and is made up for by τ²."""
-    generator = torch.Generator().manual_seed(0)
-    expected, found = (log_probabilities(torch.randn(3, 5, generator=generator)) for _ in range(2))
-    plain = dataclasses.replace(FAST, temperature=1.0, text_weight=0.0)
-    each = token_divergences(expected, found)
-    loss, own = sample_loss(expected, found, 2, plain)
-    torch.testing.assert_close(loss, each[-2:].sum())
-    torch.testing.assert_close(own, each[-2:].sum())
-    with_text, _ = sample_loss(expected, found, 2, dataclasses.replace(plain, text_weight=0.5))
-    torch.testing.assert_close(with_text, each[-2:].sum() + 0.5 * 2 * each.mean())
-    soft, own = sample_loss(expected, found, 2, dataclasses.replace(plain, temperature=2.0))
-    flat = token_divergences(log_probabilities(expected[-2:] / 2), log_probabilities(found[-2:] / 2))
-    torch.testing.assert_close(soft, 4 * flat.sum())
-    torch.testing.assert_close(own, each[-2:].sum())
-
-
-def test_rates_rise_and_fall():
-    settings = dataclasses.replace(FAST, warm_up=0.2, table_rate=1.0, scale_rate=0.1, kept_rate=0.0)
-    found = [rates(step, 50, settings) for step in range(50)]
-    tables = [x[0] for x in found]
-    assert tables[:11] == sorted(tables[:11])
-    assert tables[10:] == sorted(tables[10:], reverse=True)
-    assert tables[10] == max(tables) == 1.0
-    assert 0 < tables[-1] < 0.01
-    assert all(x[1] == pytest.approx(0.1 * x[0]) and x[2] == 0 for x in found)
-    assert rates(0, 1, dataclasses.replace(settings, warm_up=0.0))[0] == 1.0

@@ -8,14 +8,12 @@ from quantized_tiny import groups_of, quantized_tiny
 
 from toolchain.calibration import calibration_inputs, read_manifest
 from toolchain.checkpoint import load_model
-from toolchain.errors import InputDataError
 from toolchain.kl_shifts import (
     KLGradients,
     decoded_leaves,
     divergence_of,
     kl_gradients,
     newton_shifts,
-    split_pictures,
     teacher_scores,
 )
 from toolchain.models.family import family_for, read_config
@@ -100,20 +98,3 @@ def test_a_layer_no_loss_reaches_stays():
     gradients = KLGradients({"layer": torch.zeros(3, 4)}, {"layer": 0.0}, divergence=0.5)
     shifts = newton_shifts(gradients, {"group": [spec]}, {"group": torch.eye(4)}, {}, (0.1, 0.1))
     assert torch.equal(shifts["layer"], torch.zeros(3, 4))
-
-
-def of_picture(number):
-    return SimpleNamespace(tensors={"pixel_values": torch.full((2, 2), float(number)), "input_ids": torch.ones(1)})
-
-
-def test_no_picture_is_split():
-    pictures = [0, 1, 2, 3, 0, 3, 4, 5, 6, 7, 7, 1]
-    fit, apart = split_pictures([of_picture(number) for number in pictures])
-    assert sorted(fit + apart) == list(range(12))
-    assert {pictures[number] for number in apart} == {3, 7}
-    assert not {pictures[number] for number in apart} & {pictures[number] for number in fit}
-
-
-def test_refuses_too_few_pictures():
-    with pytest.raises(InputDataError, match="at least 4 different pictures, found 2"):
-        split_pictures([of_picture(number % 2) for number in range(10)])

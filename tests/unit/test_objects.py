@@ -82,3 +82,45 @@ def test_required_says_what_differs(tmp_path):
     assert ObjectStore.open(tmp_path / "s", KEY, "required").folder == tmp_path / "s"
     with pytest.raises(UsageError, match="expected one of auto, required, never"):
         ObjectStore.open(tmp_path / "s", KEY, "sometimes")
+
+
+def test_a_broken_piece_is_refused_where_asked(tmp_path):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    store.put("x", TENSORS, None)
+    path = next((tmp_path / "s").glob("x.*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputDataError, match=r"x\..*: expected content of SHA-256 .*, found .*delete it"):
+        store.get("x", refuses_damage=True)
+    assert path.is_file(), "the evidence stays"
+
+
+def test_a_piece_is_never_gone_while_it_is_replaced(tmp_path, monkeypatch):
+    """Killed before the new one has its name, the old one is there; killed after, the new one."""
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    store.put("x", TENSORS, 1)
+    monkeypatch.setattr("toolchain.objects.os.replace", lambda old, new: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.put("x", TENSORS, 2)
+    assert store.get("x")[1] == 1
+    monkeypatch.undo()
+    store.put("x", TENSORS, 2)
+    assert store.get("x")[1] == 2
+    assert len(list((tmp_path / "s").glob("x.*.safetensors"))) == 1
+    store.put("x", TENSORS, 2)
+    assert store.get("x")[1] == 2, "the same content again"
+
+
+def test_a_dropped_piece_is_gone_and_others_stay(tmp_path):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    store.put("tune.steps", TENSORS, 1)
+    store.put("tune", TENSORS, 2)
+    store.drop("tune.steps")
+    assert (store.get("tune.steps"), store.get("tune")[1]) == (None, 2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_key_is_refused(tmp_path, content):
+    ObjectStore.open(tmp_path / "s", KEY).put("x", TENSORS)
+    (tmp_path / "s" / "key.json").write_text(content)
+    with pytest.raises(InputDataError, match=r"key\.json: expected a JSON object"):
+        ObjectStore.open(tmp_path / "s", KEY)

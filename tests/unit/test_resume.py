@@ -79,3 +79,74 @@ def test_required_refuses_to_begin(tiny_qwen2_vl, tiny_manifest, tmp_path):
         quantize_checkpoint(
             tiny_qwen2_vl, read_manifest(tiny_manifest), tmp_path / "q", method="rtn", resume="required"
         )
+
+
+TUNED = f"""
+import functools, os, signal, sys, torch
+import toolchain.mending
+from toolchain.calibration import read_manifest
+from toolchain.quantize import quantize_checkpoint
+from toolchain.tune_settings import TuneSettings
+from toolchain.vq.weights import Options
+
+model, manifest, out, stop, side = sys.argv[1:]
+torch.set_num_threads(1)
+toolchain.mending.TuneSettings = functools.partial(TuneSettings, batch=2, save_every=1)
+replace, pieces = os.replace, []
+
+def killing(old, new):
+    states = os.path.basename(new).startswith("tune.steps.")
+    pieces.extend([new] * states)
+    ends = states and len(pieces) == int(stop)
+    if ends and side == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(old, new)
+    if ends:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = killing
+watch = lambda what, done, total: what == "fine-tuning" and print(done)
+options = Options({SETTINGS})
+samples = read_manifest(manifest)
+quantize_checkpoint(model, samples, out, bits=2.25, method="mgvq-mix+tune", options=options, watch=watch)
+"""
+
+
+def tuned(model, manifest, out, stop=0, side="before"):
+    command = [sys.executable, "-c", TUNED, str(model), str(manifest), str(out), str(stop), side]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_fine_tuning_that_is_killed_goes_on_and_ends_in_the_same_bytes(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    """Killed as a state is written, on either side of the moment at which it gets its name."""
+    whole = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    steps = [int(line) for line in whole.stdout.split()]
+    assert steps == list(range(1, len(steps) + 1))
+    first = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed", 3, "after")
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    second = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed", 3, "before")
+    assert second.returncode == -signal.SIGKILL, second.stderr
+    last = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed")
+    assert last.returncode == 0, last.stderr
+    # The third state was kept, then the fourth and fifth; the sixth never got its name.
+    assert [int(line) for line in last.stdout.split()] == steps[5:]
+    for name in SAME:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"], "the pieces are gone"
+
+
+def test_a_damaged_state_of_a_fine_tuning_is_refused(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    killed = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", 2, "after")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = (tmp_path / "q.partial").glob("tune.steps.*.safetensors")
+    state = max(kept, key=lambda path: path.stat().st_mtime_ns)
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    again = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "q")
+    assert again.returncode != 0
+    assert "InputDataError" in again.stderr
+    assert "expected content of SHA-256" in again.stderr
+    assert state.is_file()
+    assert not (tmp_path / "q").exists()

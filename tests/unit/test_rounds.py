@@ -8,10 +8,19 @@ from quantized_tiny import groups_of, quantized_tiny
 
 from toolchain.calibration import calibration_inputs, collect_moments, read_manifest
 from toolchain.checkpoint import load_model
-from toolchain.kl_shifts import divergence_of, split_pictures, teacher_scores
+from toolchain.held_out import every_nth_picture
+from toolchain.kl_shifts import divergence_of, teacher_scores
 from toolchain.models.family import family_for, read_config
 from toolchain.modules import keep_decoded, vq_modules
-from toolchain.rounds import RoundOptions, jacobi_round, solution_of, store_weights, stored_weights, windows_of
+from toolchain.rounds import (
+    HELD_OUT,
+    RoundOptions,
+    jacobi_round,
+    solution_of,
+    store_weights,
+    stored_weights,
+    windows_of,
+)
 from toolchain.vq.weights import stack_group
 
 
@@ -52,7 +61,9 @@ def turn(setting, options=None, row_factors=None):
 
 def held_out(setting):
     with keep_decoded(setting.model):
-        return divergence_of(setting.model, setting.scores, setting.inputs, split_pictures(setting.inputs)[1])
+        return divergence_of(
+            setting.model, setting.scores, setting.inputs, every_nth_picture(setting.inputs, HELD_OUT)[1]
+        )
 
 
 def stored_bytes(setting):

@@ -57,18 +57,34 @@ class Progress:
     def __init__(self) -> None:
         self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._last, self._began = 0.0, time.monotonic()
+        self._first = (0, 0, self._began)  # of a count: where it began, of how many, when
 
     def stage(self, title: str) -> None:
         """A new stage begins."""
         self._clear()
         self._last = self._began = time.monotonic()
+        self._first = (0, 0, self._began)
         print(title, file=sys.stderr, flush=True)
 
     def step(self, done: int, total: int, what: str = "") -> None:
-        """`done` of `total` within the stage; estimates the time left from the time taken."""
+        """`done` of `total` alike; estimates the time left of this count from all of it but the first step, which
+        bears what came before. A stage may count several times.
+        """
         now = time.monotonic()
-        left = (now - self._began) / max(done, 1) * (total - done)
-        line = f"  {done}/{total} {what}" + (f"  about {left:.0f} s left" if 0 < done < total else "")
+        begun, of, since = self._first
+        if total != of or done <= begun:
+            begun, of, since = self._first = (done, total, now)
+        self._say(done, total, what, (now - since) / (done - begun) * (total - done) if done > begun else None)
+
+    def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None:
+        """`done` of `total` layers, which are not alike: `seconds_left` is the caller's, None where it is not known."""
+        self._first = (0, 0, time.monotonic())
+        self._say(done, total, name, seconds_left)
+
+    def _say(self, done: int, total: int, what: str, seconds_left: float | None) -> None:
+        now = time.monotonic()
+        is_known = seconds_left is not None and done < total
+        line = f"  {done}/{total} {what}" + (f"  about {seconds_left:.0f} s left of these" if is_known else "")
         if self._live:
             print(f"\r\033[K{line[:100]}", end="", file=sys.stderr, flush=True)
         elif now - self._last >= 30:

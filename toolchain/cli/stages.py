@@ -61,14 +61,17 @@ def quantize(
     from toolchain.folders import check_output
     from toolchain.inspection import quantize_summary
     from toolchain.models.family import family_for, read_config
+    from toolchain.pace import LayerPace
     from toolchain.quantize import quantize_checkpoint
 
     overrides = parse_codes(code or [])
     check_output(output)
-    family_for(read_config(model))
+    config = read_config(model)
+    family = family_for(config)
     size_asked = _size_asked(model, bits, budget, overrides, method)
     progress = Progress()
     progress.stage(f"quantize   {model}")
+    pace = LayerPace(family.layers(config))
     result = quantize_checkpoint(
         model,
         read_manifest(calib),
@@ -77,7 +80,7 @@ def quantize(
         **size_asked,
         overrides=overrides,
         seed=seed,
-        progress=lambda layer, done, total: progress.step(done, total, layer.name),
+        progress=lambda layer, done, total: progress.layer(done, total, layer.name, pace.after(layer)),
         watch=lambda what, done, total: progress.step(done, total, what),
         resume=resume,
     )

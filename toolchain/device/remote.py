@@ -110,10 +110,21 @@ def run_remote(
                 options.progress(f"fetch      {host}:{there}")
                 fetch(connection, there, output)
         finally:
-            # Goes only if it is empty: what a verb that failed wrote may be worth a look.
-            if connection.run(f"[ ! -d {shlex.quote(run)} ] || rmdir {shlex.quote(run)}").returncode:
-                options.progress(f"left       what was written there: {host}:{there}")
+            _tidy(connection, options, run, there)
         return code
+
+
+def _tidy(connection: Connection, options: RemoteOptions, run: str, there: str) -> None:
+    """Remove the run's folder if it is empty: what a verb that failed wrote may be worth a look.
+
+    A dead connection is no error here: it would stand in for the one on its way, a broken run or ctrl-C.
+    """
+    try:
+        kept = connection.run(f"[ ! -d {shlex.quote(run)} ] || rmdir {shlex.quote(run)}").returncode != 0
+    except EnvironmentMismatch:
+        kept = True
+    if kept:
+        options.progress(f"left       what was written there: {connection.host}:{there}")
 
 
 def probe(connection: Connection, options: RemoteOptions) -> RemoteMachine:

@@ -65,8 +65,12 @@ class Connection:
 
     def __exit__(self, *_: object) -> None:
         close = ["ssh", *self._options, "-O", "exit", self.host]
-        subprocess.run(close, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONNECT_SECONDS)
-        self._sockets.cleanup()
+        try:
+            subprocess.run(close, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONNECT_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass  # the master ends by itself after ControlPersist, or with its dead link
+        finally:
+            self._sockets.cleanup()
 
     def command(self, remote: str) -> list[str]:
         """The ssh command line that runs `remote` in the board's shell, without a terminal."""

@@ -19,6 +19,10 @@ from toolchain.vq.curvature import solve_factor
 # Shares of the mean diagonal tried as Tikhonov damping of S_q; the one whose step serves the other half best is kept.
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 LEAST_STEP = 0.05  # below it the step is noise and is left out
+# Rows per column above which W P is multiplied out. CPU seconds by the map against by the rows, one thread of a busy
+# machine, interleaved: 384 rows of 2240 columns 4.1 against 1.5, 1152 of 896 0.69 against 0.51, 4480 of 448 0.51
+# against 0.59.
+TALL = 4
 TRUST = 0.3  # of the quantization error's norm: as far as the quadratic model of the loss is believed
 
 
@@ -83,6 +87,18 @@ def regression(pair: Pair, damping: float) -> Tensor:
     return solve_factor(moment, (cross - moment).T, damping, "input moment").T
 
 
+def pull(weight: Tensor, pair: Pair) -> Tensor:
+    """W (C − S_q) float32[m, n]: what drift pulls W towards, the gradient of ½ E‖W x_f − W' x_q‖² at W, negated."""
+    return weight @ ((pair.cross - pair.moment) / pair.mass)
+
+
+def fitted_shift(weight: Tensor, pulled: Tensor, pair: Pair, damping: float) -> Tensor:
+    """W P float32[m, n], `pulled` being `pull` of W: by its m rows where P has n; by P where W is TALL."""
+    if len(weight) > TALL * weight.shape[1]:
+        return weight @ regression(pair, damping)
+    return solve_factor(pair.moment / pair.mass, pulled.T, damping, "input moment").T
+
+
 def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
     """η · W (C S_q⁻¹ − I), η what the held-out half allows, at most TRUST of the quantization error in length.
 
@@ -94,9 +110,11 @@ def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
     nothing = torch.zeros_like(weight)
     if pairs.halves is None:
         return Shift(nothing, 0.0, 0.0)
+    pulled = [pull(weight, half) for half in pairs.halves]
     tried = []
     for damping in DAMPINGS:
-        agreements = [_held_out(weight, a, b, damping) for a, b in (pairs.halves, pairs.halves[::-1])]
+        ways = zip(pulled, pulled[::-1], pairs.halves, pairs.halves[::-1], strict=True)
+        agreements = [_held_out(weight, *way, damping) for way in ways]
         inner = sum(agreement[0] for agreement in agreements)
         length = sum(agreement[1] for agreement in agreements)
         step = min(max(inner / length, 0.0), 1.0) if length > 0 else 0.0
@@ -105,16 +123,17 @@ def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
     step = 2 * step / (1 + step)
     if step < LEAST_STEP:
         return Shift(nothing, 0.0, damping)
-    value = weight @ regression(pairs.whole, damping)
+    value = fitted_shift(weight, pull(weight, pairs.whole), pairs.whole, damping)
     size = float(((value @ (pairs.whole.moment / pairs.whole.mass)) * value).sum(dtype=torch.float64))
     if step**2 * size > TRUST**2 * trusted:
         step = TRUST * (trusted / size) ** 0.5
     return Shift(step * value, step, damping)
 
 
-def _held_out(weight: Tensor, fitted: Pair, other: Pair, damping: float) -> tuple[float, float]:
-    """(⟨−G_B, N_A⟩, tr(N_A S_B N_Aᵀ)) for N_A = W P_A of the fitted half, G_B = −W (C_B − S_B) of the other."""
-    shift = weight @ regression(fitted, damping)
-    moment, cross = other.moment / other.mass, other.cross / other.mass
-    inner = ((weight @ (cross - moment)) * shift).sum(dtype=torch.float64)
-    return float(inner), float(((shift @ moment) * shift).sum(dtype=torch.float64))
+def _held_out(
+    weight: Tensor, pulled: Tensor, other_pulled: Tensor, fitted: Pair, other: Pair, damping: float
+) -> tuple[float, float]:
+    """(⟨−G_B, N_A⟩, tr(N_A S_B N_Aᵀ)) for N_A of the fitted half, G_B = −W (C_B − S_B) of the other."""
+    shift = fitted_shift(weight, pulled, fitted, damping)
+    inner = (other_pulled * shift).sum(dtype=torch.float64)
+    return float(inner), float(((shift @ (other.moment / other.mass)) * shift).sum(dtype=torch.float64))

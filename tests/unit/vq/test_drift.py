@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolchain.vq.drift import DAMPINGS, LEAST_STEP, TRUST, Pair, PairMoments, gated_shift, regression
+from toolchain.vq.drift import (
+    DAMPINGS,
+    LEAST_STEP,
+    TALL,
+    TRUST,
+    Pair,
+    PairMoments,
+    fitted_shift,
+    gated_shift,
+    pull,
+    regression,
+)
 
 INFINITE = 1e30  # a quantization error so large that the trust region never binds
 
@@ -100,6 +111,17 @@ def test_the_regression_shrinks_with_damping():
     pair = Pair.of(rows, full, torch.full((200,), 1 / 200))
     sizes = [float(regression(pair, damping).norm()) for damping in (0.0, *DAMPINGS)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("rows", [3, 12, 12 * TALL, 12 * TALL + 1])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_solving_for_rows_is_the_map_applied_to_the_weight(rows, damping):
+    """W P from m right-hand sides, against P from n of them: equal but for rounding, wide layers and tall."""
+    pair = Pair.of(*inputs(60, noise=0.5), torch.full((60,), 3.0))
+    weight = weight_of(rows=rows)
+    found = fitted_shift(weight, pull(weight, pair), pair, damping)
+    expected = weight.double() @ regression(pair, damping).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_equal_inputs_need_no_shift():
