@@ -237,14 +237,20 @@ void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   for (unsigned i = 0; i < 4; ++i) c[i] += warp.integers[g + 8 * (i / 2)][2 * q + i % 2];
 }
 
+#if defined(__aarch64__)
+using Binary16 = __fp16;  // GCC knows _Float16 in C++ since 13, a Jetson's is older
+#else
+using Binary16 = _Float16;
+#endif
+
 float float_from_half(uint16_t half) {
-  _Float16 value;
+  Binary16 value;
   std::memcpy(&value, &half, sizeof value);
   return static_cast<float>(value);
 }
 
 uint16_t half_from_float(float value) {
-  const _Float16 rounded = static_cast<_Float16>(value);
+  const Binary16 rounded = static_cast<Binary16>(value);
   uint16_t bits;
   std::memcpy(&bits, &rounded, sizeof bits);
   return bits;
