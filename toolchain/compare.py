@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,34 +33,16 @@ from toolchain.methods import COMPARED, METHODS
 from toolchain.models.family import Family, Processor, family_for, read_config
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded
-from toolchain.quantize import LayerResult, quantize_checkpoint
+from toolchain.pace import layer_progress
+from toolchain.quantize import quantize_checkpoint
 from toolchain.recipe import NAME as OURS
 from toolchain.recipe import parse_recipe
+from toolchain.reporter import Reporter, Silent
+from toolchain.sequence import LayerResult
 from toolchain.values import LayerSpec, Sample
 
 # They draw nothing: one seed says all.
 SEEDLESS = ("rtn", "gptq")
-
-
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def stage(self, title: str) -> None: ...
-    def step(self, done: int, total: int, what: str = "") -> None: ...
-    def done(self, summary: str) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def stage(self, title: str) -> None:
-        """Nothing."""
-
-    def step(self, done: int, total: int, what: str = "") -> None:
-        """Nothing."""
-
-    def done(self, summary: str) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +237,7 @@ def _measure(bench: _Bench, method: str, bits: float, seed: int) -> Measured:
 def _quantize(bench: _Bench, method: str, bits: float, seed: int) -> Quantized:
     """The model as the method leaves it, read back from the checkpoint where the format can hold it."""
 
-    def step(layer: LayerResult, done: int, total: int) -> None:
-        bench.report.step(done, total, layer.name)
+    step = layer_progress(bench.report, bench.specs)
 
     def watch(what: str, done: int, total: int) -> None:
         bench.report.step(done, total, what)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from toolchain.board_kit import carry_libraries, kit_summary, write_kit
 from toolchain.bundle import Bundle, write_bundle
@@ -24,20 +24,12 @@ from toolchain.models.family import Family, chat_template, family_for, limited_s
 from toolchain.planning import ModelPlan, overlapping_codes, parse_image, plan_model
 from toolchain.report import write_report
 from toolchain.report.data import report_data
+from toolchain.reporter import Reporter
 from toolchain.runfolder import RunFolder, StageResult
 from toolchain.target import Target, load_target
 from toolchain.values import BitPlan, Sample, sha256_file, write_json
 
 PROCESSOR = "60-processor"
-
-
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def stage(self, title: str) -> None: ...
-    def step(self, done: int, total: int, what: str = "") -> None: ...
-    def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None: ...
-    def done(self, summary: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -127,13 +119,12 @@ def _plan_stage(checked: Checked, run: RunFolder, reporter: Reporter) -> StageRe
 
 def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: str, method: str) -> StageResult:
     from toolchain.inspection import quantize_summary
-    from toolchain.pace import LayerPace
+    from toolchain.pace import layer_progress
     from toolchain.quantize import quantize_checkpoint
 
     settings = checked.settings
 
     def work(folder: Path) -> dict[str, Any]:
-        pace = LayerPace(checked.family.layers(checked.checkpoint.config))
         result = quantize_checkpoint(
             settings.model,
             checked.calibration,
@@ -143,7 +134,7 @@ def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: 
             budget_bytes=settings.budget_bytes if settings.quantize.bits is None else None,
             overrides=list(settings.quantize.codes.items()),
             seed=settings.quantize.seed,
-            progress=lambda layer, done, total: reporter.layer(done, total, layer.name, pace.after(layer)),
+            progress=layer_progress(reporter, checked.family.layers(checked.checkpoint.config)),
             watch=lambda what, done, total: reporter.step(done, total, what),
         )
         return quantize_summary(result)

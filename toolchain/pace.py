@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+from toolchain.reporter import Reporter
 from toolchain.sequence import LayerResult, groups_of
 from toolchain.values import LayerSpec
 
@@ -42,3 +43,9 @@ class LayerPace:
         if not self._work:
             return None
         return self._seconds / self._work * sum(self._waiting.values())
+
+
+def layer_progress(report: Reporter, specs: Iterable[LayerSpec]) -> Callable[[LayerResult, int, int], None]:
+    """What a quantization of these layers is to call after every one, so that the reporter hears the time left."""
+    pace = LayerPace(specs)
+    return lambda layer, done, total: report.layer(done, total, layer.name, pace.after(layer))

@@ -16,6 +16,7 @@ import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import Format, FormatOption, Progress, Provider, ProviderOption, emit, size, table
+from toolchain.cli.remote import PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
 from toolchain.errors import EnvironmentMismatch, MgvqError, UsageError
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ class Answering(str, Enum):
 
 
 HOST_HELP = "Build on this board over ssh, such as user@board, and bring the engines back."
-SSH_HELP = "Configuration file for ssh (ssh -F), with --host."
-REMOTE_HELP = "An mgvq that is installed on the board already, with --host; without it the bundle's own wheel is used."
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, as mgvq bundle or mgvq all writes it.")]
 AnsweringOption = Annotated[
     Answering, typer.Option("--backend", help="ort (onnxruntime, anywhere), or engines that mgvq build made.")
@@ -75,9 +74,9 @@ def build(
         bool, typer.Option("--ignore-memory", help="Build although the memory plan says that it will not fit.")
     ] = False,
     host: Annotated[str | None, typer.Option(help=HOST_HELP)] = None,
-    python: Annotated[str | None, typer.Option(help="Python on the board, with --host (python3 when absent).")] = None,
-    remote_mgvq: Annotated[str | None, typer.Option(help=REMOTE_HELP)] = None,
-    ssh_config: Annotated[Path | None, typer.Option(help=SSH_HELP)] = None,
+    python: PythonOption = None,
+    remote_mgvq: RemoteMgvqOption = None,
+    ssh_config: SshConfigOption = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
@@ -89,14 +88,15 @@ def build(
     if dense is not None and backend != "tensorrt_rtx":
         raise UsageError(f"--{'' if dense else 'no-'}dense has no effect with --backend {backend}; leave it out")
     check_arguments(output, backend, BuildOptions(sm, plugin, level))
+    remote = RemoteFlags(python, remote_mgvq, ssh_config)
     if host is not None:
         # Twins need onnx, which a board does without: they are built there only if asked for.
         twins = {True: {"--dense": True}, False: {"--no-dense": True}, None: {}}[dense]
         twins = twins or ({"--no-dense": True} if backend == "tensorrt_rtx" else {})
         flags = {"--backend": backend, "--sm": sm, "--level": level, "--ignore-memory": ignore_memory, **twins}
-        _build_there(host, bundle, output, flags | {"--format": form.value}, plugin, (python, remote_mgvq, ssh_config))
+        run_there(host, "build", bundle, output, flags | {"--format": form.value}, {"--plugin": plugin}, remote)
         return
-    refuse_idle(python=python, remote_mgvq=remote_mgvq, ssh_config=ssh_config)
+    remote.refuse_idle()
     opened = open_bundle(bundle)
     progress = Progress()
     progress.stage(f"build      {bundle} with {backend}")
@@ -125,33 +125,6 @@ def _build_text(report: BuildReport) -> str:
     if (more := len(report.warnings) - MOST_WARNINGS) > 0:
         warnings += f"\n{more} more warnings of the builder are in build.json"
     return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + warnings
-
-
-def _build_there(
-    host: str,
-    bundle: Path,
-    output: Path,
-    flags: dict[str, Any],
-    plugin: Path | None,
-    remote: tuple[str | None, str | None, Path | None],
-) -> None:
-    """Run this verb on a board. Flags that are None or False are left out; `remote` is python, mgvq and ssh's file."""
-    from toolchain.device.remote import RemoteOptions, run_remote
-
-    python, mgvq, ssh_config = remote
-    options = RemoteOptions(python=python or "python3", mgvq=mgvq, ssh_config=ssh_config, progress=Progress().stage)
-    given = {name: value for name, value in flags.items() if value is not None and value is not False}
-    arguments = [text for name, value in given.items() for text in ([name] if value is True else [name, str(value)])]
-    inputs = {} if plugin is None else {"--plugin": plugin}
-    if code := run_remote(host, "build", bundle, output, arguments, inputs=inputs, options=options):
-        raise typer.Exit(code)
-
-
-def refuse_idle(**remote: Any) -> None:
-    """Refuse flags that have an effect with --host only."""
-    for name, value in remote.items():
-        if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} has no effect without --host; leave it out")
 
 
 def _wants_twins(backend: str, dense: bool | None, say: Callable[[str], None]) -> bool:

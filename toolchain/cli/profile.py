@@ -10,6 +10,7 @@ import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import Format, FormatOption, OutputOption, Progress, Provider, ProviderOption, emit
+from toolchain.cli.remote import PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ class ProfileBackendName(str, Enum):
 
 DEFAULT_PROMPT = "Describe the picture."
 HOST_HELP = "Run it on this board over ssh, such as user@board, and bring the result back."
-SSH_HELP = "Configuration file for ssh (ssh -F), with --host."
-REMOTE_HELP = "An mgvq that is installed on the board already, with --host; without it the bundle's own wheel is used."
 
 
 @app.command()
@@ -47,9 +46,9 @@ def profile(
     tokens: Annotated[int, typer.Option(min=2, help="New tokens an answer; stop tokens do not end it.")] = 32,
     provider: ProviderOption = Provider.cpu,
     host: Annotated[str | None, typer.Option(help=HOST_HELP)] = None,
-    python: Annotated[str | None, typer.Option(help="Python on the board, with --host (python3 when absent).")] = None,
-    remote_mgvq: Annotated[str | None, typer.Option(help=REMOTE_HELP)] = None,
-    ssh_config: Annotated[Path | None, typer.Option(help=SSH_HELP)] = None,
+    python: PythonOption = None,
+    remote_mgvq: RemoteMgvqOption = None,
+    ssh_config: SshConfigOption = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Measure each phase of an answer, and where in the model its time goes: profile.json and profile.html."""
@@ -57,13 +56,15 @@ def profile(
     from toolchain.folders import check_output
 
     settings = Settings(repeats, warmup, tokens)
-    _check_flags(backend, engines, provider, host, python=python, remote_mgvq=remote_mgvq, ssh_config=ssh_config)
+    remote = RemoteFlags(python, remote_mgvq, ssh_config)
+    _check_flags(backend, engines, provider)
+    if host is None:
+        remote.refuse_idle()
     check_output(output)
     if host is not None:
         flags = {"--backend": backend.value, "--prompt": prompt, "--repeats": repeats, "--warmup": warmup,
                  "--tokens": tokens, "--provider": provider.value, "--format": form.value}  # fmt: skip
-        inputs = {"--image": image, "--engines": engines}
-        _profile_there(host, source, output, flags, inputs, python, remote_mgvq, ssh_config)
+        run_there(host, "profile", source, output, flags, {"--image": image, "--engines": engines}, remote)
         return
     found, asked, prediction = _opened(source, backend, engines, provider, image, prompt, tokens)
     data = _profile_here(found, asked, settings, prediction, source, output)
@@ -72,9 +73,7 @@ def profile(
     emit(data, f"{profile_text(data)}\n{output / 'profile.html'}", form)
 
 
-def _check_flags(
-    backend: ProfileBackendName, engines: Path | None, provider: Provider, host: str | None, **remote: Any
-) -> None:
+def _check_flags(backend: ProfileBackendName, engines: Path | None, provider: Provider) -> None:
     """Refuse flags that would have no effect, and missing ones."""
     with_engines = backend in (ProfileBackendName.tensorrt, ProfileBackendName.tensorrt_rtx)
     if with_engines and engines is None:
@@ -83,33 +82,6 @@ def _check_flags(
         raise UsageError(f"--engines has no effect with --backend {backend.value}; leave it out")
     if with_engines and provider is not Provider.cpu:
         raise UsageError(f"--provider has no effect with --backend {backend.value}; leave it out")
-    if host is None:
-        for name, value in remote.items():
-            if value is not None:
-                raise UsageError(f"--{name.replace('_', '-')} has no effect without --host; leave it out")
-
-
-def _profile_there(
-    host: str,
-    source: Path,
-    output: Path,
-    flags: dict[str, Any],
-    inputs: dict[str, Path | None],
-    python: str | None,
-    remote_mgvq: str | None,
-    ssh_config: Path | None,
-) -> None:
-    from toolchain.device.remote import RemoteOptions, run_remote
-
-    progress = Progress()
-    options = RemoteOptions(
-        python=python or "python3", mgvq=remote_mgvq, ssh_config=ssh_config, progress=progress.stage
-    )
-    arguments = [text for name, value in flags.items() for text in (name, str(value))]
-    given = {name: path for name, path in inputs.items() if path is not None}
-    code = run_remote(host, "profile", source, output, arguments, inputs=given, options=options)
-    if code:
-        raise typer.Exit(code)
 
 
 def _opened(

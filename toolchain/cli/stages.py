@@ -61,7 +61,7 @@ def quantize(
     from toolchain.folders import check_output
     from toolchain.inspection import quantize_summary
     from toolchain.models.family import family_for, read_config
-    from toolchain.pace import LayerPace
+    from toolchain.pace import layer_progress
     from toolchain.quantize import quantize_checkpoint
 
     overrides = parse_codes(code or [])
@@ -71,7 +71,6 @@ def quantize(
     size_asked = _size_asked(model, bits, budget, overrides, method)
     progress = Progress()
     progress.stage(f"quantize   {model}")
-    pace = LayerPace(family.layers(config))
     result = quantize_checkpoint(
         model,
         read_manifest(calib),
@@ -80,7 +79,7 @@ def quantize(
         **size_asked,
         overrides=overrides,
         seed=seed,
-        progress=lambda layer, done, total: progress.layer(done, total, layer.name, pace.after(layer)),
+        progress=layer_progress(progress, family.layers(config)),
         watch=lambda what, done, total: progress.step(done, total, what),
         resume=resume,
     )

@@ -1,15 +1,30 @@
-"""A bundle for a board and a simulated board to build it on."""
+"""Boards: a simulated one to build a bundle on; this machine behind ssh, a real server on loopback or a small program.
+
+The server is started on a free port with keys of its own; the login is whoever runs the tests. Without sshd or rsync
+the tests that need them skip.
+"""
 
 from __future__ import annotations
 
+import getpass
+import os
+import shutil
+import socket
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from board_bundles import TARGET, board_pieces, correct_plugin
+from remote_boards import FAKE_SSH, MGVQ, Board, executable
 from simulated_builder import SimulatedBoard
 
 from toolchain.bundle import open_bundle, write_bundle
+from toolchain.device.remote import RemoteOptions
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 
 
 @pytest.fixture
@@ -40,3 +55,89 @@ def simulated(monkeypatch):
         return found
 
     return install
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def options(tmp_path, said) -> RemoteOptions:
+    mgvq = executable(tmp_path / "mgvq", MGVQ)
+    return RemoteOptions(sys.executable, str(mgvq), str(tmp_path / "store"), None, said.append)
+
+
+@pytest.fixture
+def fake_ssh(tmp_path, monkeypatch, options) -> Board:
+    """A program called ssh that runs the command here; its calls are in ssh.log."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    executable(folder / "ssh", FAKE_SSH)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SSH_LOG", str(tmp_path / "ssh.log"))
+    return Board("user@board", options, tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Path:
+    """ssh's configuration file for a server on loopback, which ends with the tests of a file."""
+    if SSHD is None:
+        pytest.skip("needs sshd (openssh-server)")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd run by root confines itself; packages make it at boot
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host_key", "user_key", "stranger_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = probe_socket.getsockname()[1]
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\nStrictModes no\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+        "PermitRootLogin prohibit-password\n"
+    )
+    key = (folder / "host_key.pub").read_text().split()
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
+    (folder / "config").write_text(
+        f"Host board\n  HostName 127.0.0.1\n  Port {port}\n  User {getpass.getuser()}\n  IdentitiesOnly yes\n"
+        f"  IdentityFile {folder}/user_key\n  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking yes\n"
+    )
+    log = (folder / "sshd.log").open("wb")
+    process = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port), 0.2).close()
+                break
+            except OSError:
+                if process.poll() is not None:
+                    pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text().strip()}")
+                time.sleep(0.05)
+        yield folder / "config"
+    finally:
+        process.terminate()
+        process.wait()
+        log.close()
+
+
+@pytest.fixture
+def over_ssh(server, options) -> Board:
+    return Board("board", replace(options, ssh_config=server), Path(options.folder))
+
+
+@pytest.fixture(params=["fake_ssh", "over_ssh"])
+def board(request) -> Board:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    """A bundle of three small files, two of equal content, one with an awkward name."""
+    source = tmp_path / "pieces"
+    source.mkdir()
+    (source / "a.txt").write_text("same")
+    (source / "it's a $(name).txt").write_text("same")
+    (source / "big.txt").write_text("0123456789" * 50_000)
+    return write_bundle({"device": source}, tmp_path / "bundle").folder
