@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,23 @@ def tiny_qwen2_vl(tmp_path_factory) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(torch.float16).save_pretrained(folder)
     architecture.save_processor_files(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_with_loud_columns(tiny_qwen2_vl, tmp_path_factory) -> Path:
+    """The same checkpoint with the first 64 hidden columns of every MLP 16 times as loud: cutting there pays. Read
+    only.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("loud") / "qwen2-vl"
+    shutil.copytree(tiny_qwen2_vl, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.up_proj.weight"):
+            tensor[:64] *= 16
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

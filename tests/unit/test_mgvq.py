@@ -79,17 +79,18 @@ def test_tuning_brings_the_answers_nearer(tiny_qwen2_vl, tiny_manifest, tmp_path
     assert tuned["improved"] == (tuned["loss_after"] < tuned["loss_before"])
 
 
-def test_groups_are_cut_where_it_pays(tiny_qwen2_vl, tiny_manifest, tmp_path, monkeypatch):
+def test_groups_are_cut_where_it_pays(tiny_with_loud_columns, tiny_manifest, tmp_path, monkeypatch):
     """With every group worth a look the plan, the layers, what is stored and what is reported agree."""
     monkeypatch.setattr("toolchain.dealing.LEAST_SPREAD", 1.0)
-    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+segments", bits=2.2)
+    # Undealt: vectors that mix loud columns and quiet ones leave cutting little to gain.
+    result = quantized(tiny_with_loud_columns, tiny_manifest, tmp_path / "q", "mgvq+segments-deal", bits=2.4)
     found = json.loads((result.folder / "sensitivity.json").read_text())
     groups = {layer.group for layer in result.plan.layers if layer.name.endswith("down_proj")}
     assert groups <= set(found["units"])
     assert set(found["segmented"]) == set(found["units"])
     cut = [layer for layer in result.plan.layers if layer.segments]
     assert cut, "no group of this model is worth cutting: the test says nothing"
-    assert result.plan.index_bits() <= 2.2
+    assert result.plan.index_bits() <= 2.4
     codes = {layer.name: layer.code for layer in result.layers}
     for layer in cut:
         assert codes[layer.name] == layer.code
