@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from toolchain.geometry import ModelGeometry, qwen2_vl_geometry
 from toolchain.values import BitPlan, LayerPlan
 
@@ -39,6 +41,12 @@ def qwen3_vl(size: str) -> ModelGeometry:
     }[size]
     tower = (27, 1152, 4304) if size == "8B" else (24, 1024, 4096)
     return ModelGeometry(size, layers, hidden, inner, heads, 8, 128, 151936, False, *tower, 16, 16, 2)
+
+
+def rotated(plan: BitPlan, ending: str | tuple[str, ...], block: int = 64) -> BitPlan:
+    """The plan with the inputs of every layer whose name ends so rotated."""
+    layers = tuple(replace(x, rotation=block if x.name.endswith(ending) else 0) for x in plan.layers)
+    return replace(plan, layers=layers)
 
 
 def bit_plan(geometry: ModelGeometry, code: str = "4,8,8", head_code: str = "2,8,8") -> BitPlan:

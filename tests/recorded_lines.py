@@ -1,9 +1,19 @@
-"""What tests of exported lines share: the prompts of a line's samples, and a comparison against recorded calls."""
+"""What tests of exported lines share: a line's stages, the prompts of its samples, a comparison against its calls."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+from toolchain.checkpoint import load_quantized
 from toolchain.device.families.base import open_image
 from toolchain.graph.compare import Source, answered, compare_calls
+from toolchain.graph.export import reference_graphs_from_model
+from toolchain.graph.pipeline import device_form, portable_form
+from toolchain.graph.validate import validate_line
+from toolchain.models.family import family_for, read_config
+from toolchain.quantize import quantize_checkpoint
+from toolchain.values import Sample
 
 GRAPHS = ("vision", "embed", "decoder")
 
@@ -14,3 +24,26 @@ def prompts_of(line, count: int):
 
 def against(name: str, graphs, calls):
     return compare_calls("torch", calls, name, answered(Source(name, graphs), calls))
+
+
+def made_line(model: Path, samples: list[Sample], root: Path, **quantizing) -> SimpleNamespace:
+    """A checkpoint quantized from two samples, exported, and rewritten both ways, in folders of `root`."""
+    quantize_checkpoint(model, samples[:2], root / "quantized", **quantizing)
+    quantized = load_quantized(root / "quantized")
+    family = family_for(read_config(model))
+    for name in ("reference", "device", "portable"):
+        (root / name).mkdir()
+    exported = reference_graphs_from_model(quantized, family, root / "reference")
+    report = device_form(root / "reference", root / "device")
+    portable_form(root / "reference", root / "portable")
+    host = family.load_host(read_config(model), model)
+    return SimpleNamespace(
+        root=root, model=model, quantized=quantized, family=family, exported=exported, report=report, host=host,
+        samples=samples,
+    )  # fmt: skip
+
+
+def validate(line, folder: Path, **options):
+    """`validate_line` of a line's stages with two of its samples."""
+    stages = (line.model, line.root / "quantized", line.root / "reference", line.root / "device")
+    return validate_line(line.family, *stages, line.samples[:2], folder, **({"steps": 2} | options))

@@ -133,7 +133,10 @@ def plan_memory(plan: BitPlan, geometry: ModelGeometry, target: Target, workload
     parts = _weight_bytes(plan)
     parts["kv"] = geometry.kv_bytes_per_token * workload.context_tokens * workload.batch
     parts["activations"] = _decoder_activations(geometry, prefill, workload)
+    parts["activations"] += rotated_bytes(plan, ("language",)) * prefill * workload.batch
     parts["vision_activations"] = _vision_activations(geometry, image, workload)
+    if image:
+        parts["vision_activations"] += rotated_bytes(plan, ("vision",)) * image.patches * image.sequences
     parts["runtime_overhead"] = OVERHEAD_BYTES + int(OVERHEAD_BYTES_PER_WEIGHT * geometry.language_weights)
     parts["plugin_workspace"] = _plugin_workspace(target)
     arena = max(parts["activations"], parts["vision_activations"])
@@ -166,6 +169,11 @@ def _decoder_activations(geometry: ModelGeometry, prefill: int, workload: Worklo
     widest = max(2 * queries + 2 * keys, 3 * geometry.intermediate)
     scores = 0 if workload.fused_attention else SCORE_COPIES * 2 * geometry.query_heads * prefill * prefill
     return workload.batch * (prefill * (2 * 4 * geometry.hidden + 2 * widest) + scores + 4 * geometry.vocab)
+
+
+def rotated_bytes(plan: BitPlan, parts: tuple[str, ...]) -> int:
+    """Bytes a token of the widest inputs that are rotated: a second copy of them in float16, of one layer at a time."""
+    return max((2 * x.columns for x in plan.layers if x.rotation and x.part in parts), default=0)
 
 
 def _vision_activations(geometry: ModelGeometry, image: ImageWork | None, workload: Workload) -> int:

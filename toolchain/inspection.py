@@ -99,5 +99,9 @@ def _bits(path: Path, kind: str) -> tuple[dict[str, Any], str]:
         )
     kept = sum(plan.kept.values())
     lines.append(f"  kept in 16 bits: {len(plan.kept)} tensors, {kept:,} elements")
-    layers = [{"name": x.name, "code": x.code, "table": x.table, "tied_to": x.tied_to} for x in plan.layers]
+    rotated = {x.group for x in plan.layers if x.rotation}
+    if rotated:
+        lines.append(f"  inputs rotated: of {len(rotated)} of {len({x.group for x in plan.layers})} groups of layers")
+    keys = ("name", "code", "table", "tied_to", "rotation")
+    layers = [{key: getattr(x, key) for key in keys} for x in plan.layers]
     return {"kind": kind, "bits": bits, "layers": layers, "kept": plan.kept}, "\n".join(lines)

@@ -16,11 +16,18 @@ from toolchain.values import BitPlan, LayerPlan
 
 TABLES = "mgvq_tables"
 LAYER_KEYS = ("part", "kind", "rows", "columns", "group", "code", "table", "tied_to")
+OPTIONAL_KEYS = {"rotation": 0}  # key → what a layer has that does not name it
 
 
 def layers_json(plan: BitPlan) -> dict[str, dict[str, Any]]:
     """The `layers` of a quantization_config: module name → everything its buffers are built from."""
-    return {layer.name: {key: getattr(layer, key) for key in LAYER_KEYS} for layer in plan.layers}
+    return {layer.name: _layer_json(layer) for layer in plan.layers}
+
+
+def _layer_json(layer: LayerPlan) -> dict[str, Any]:
+    """What is as a rule stays unsaid, so that an older reader takes what it can read, and refuses what it cannot."""
+    unusual = {key: getattr(layer, key) for key, usual in OPTIONAL_KEYS.items() if getattr(layer, key) != usual}
+    return {key: getattr(layer, key) for key in LAYER_KEYS} | unusual
 
 
 def layers_from_json(layers: Mapping[str, Mapping[str, Any]]) -> tuple[LayerPlan, ...]:
@@ -31,8 +38,8 @@ def layers_from_json(layers: Mapping[str, Mapping[str, Any]]) -> tuple[LayerPlan
     """
     fields = {field.name for field in dataclasses.fields(LayerPlan)}
     for name, entry in layers.items():
-        if set(entry) | {"name"} != fields:
-            odd = sorted((set(entry) | {"name"}) ^ fields)
+        odd = sorted((set(entry) | set(OPTIONAL_KEYS) | {"name"}) ^ fields)
+        if odd:
             raise InputDataError(f"quantization_config, layer {name}: keys {odd} are missing or unknown")
     return tuple(LayerPlan(name=name, **entry) for name, entry in layers.items())
 
@@ -51,7 +58,7 @@ def install_layer(model: nn.Module, layer: LayerPlan) -> VQModule | VQSegmentedL
         if layer.segments:
             module = segmented_replacement(dense, layer)
         else:
-            module = replacement_for(dense, layer.kind, layer.vq_code, layer.rows, layer.columns, layer.table)
+            module = replacement_for(dense, layer)
     except ShapeError as error:
         raise ShapeError(f"layer {layer.name}: {error}") from None
     model.set_submodule(layer.name, module)

@@ -6,7 +6,7 @@ Each stage can be left out by the recipe; each is kept in the store, so that a k
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,8 @@ from toolchain.models.inventory import kept_parameters
 from toolchain.moments import Masses, Survey, collect_pairs, survey_inputs
 from toolchain.objects import ObjectStore
 from toolchain.recipe import Recipe
+from toolchain.rotated import rotate_model, turn_model_back
+from toolchain.rotation_choice import Trial, rotated_layers, trials_json, try_rotations
 from toolchain.segment_planning import GroupLosses, Planner
 from toolchain.segmentation import unit_widths
 from toolchain.sensitivity import Sensitivity, measure_sensitivity
@@ -53,6 +55,7 @@ class Made:
     orders: dict[str, Tensor]
     sensitivity: Sensitivity | None
     mended: dict[str, Any] = field(default_factory=dict)  # what rounds and fine-tuning did, JSON-clean
+    rotations: dict[str, Trial] = field(default_factory=dict)  # group → dry runs, plain and with rotated inputs
 
 
 def quantize_model(
@@ -66,12 +69,16 @@ def quantize_model(
     survey = survey_inputs(full, job.inputs, linears, lambda done, total: say("survey", done, total), cap)
     orders = _dealt(job, recipe, survey.energies)
     masses = _masses(job, recipe, linears, survey, say)
-    ranks = _ranks(job, recipe, survey.energies, orders)
+    trials = _trials(job, recipe, store, masses, say)
+    blocks = rotated_layers(job.specs, trials)
+    rotate_model(job.model, blocks)
+    ranks = _ranks(job, recipe, survey.energies, orders, blocks)
     sensitivity = _sensitivity(job, recipe, store, masses, ranks, say)
     sensitivity = _segmented(job, recipe, store, masses, ranks, sensitivity)
-    plan = _plan(job, recipe, sensitivity)
-    then = cut_orders(ranks.free or _rankings(job, survey.energies, orders), plan, recipe.deal)
-    deal_model(job.model, job.family, job.config, then)
+    plan = with_rotations(_plan(job, recipe, sensitivity), blocks)
+    free = ranks.free or _rankings(job, survey.energies, orders, blocks)
+    then = cut_orders(free, plan, recipe.deal)
+    _deal_again(job, then, blocks)
     orders = composed(orders, then)
     quantized = copy.deepcopy(full)
     solver = DriftSolver(job, recipe, plan, full, masses)
@@ -81,7 +88,7 @@ def quantize_model(
         mended["rounds"] = mend_by_rounds(job, quantized, plan, masses, store, recipe.fisher, say)
     if recipe.tune:
         mended["tune"] = mend_by_tuning(job, quantized, store, say)
-    return Made(quantized, plan, layers, orders, sensitivity, mended)
+    return Made(quantized, plan, layers, orders, sensitivity, mended, trials)
 
 
 def _dealt(job: Job, recipe: Recipe, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,6 +117,37 @@ def _masses(job: Job, recipe: Recipe, linears: Sequence[LayerSpec], survey: Surv
     return survey.capped(found, job.options.norm_quantile) if recipe.caps else found
 
 
+def _trials(job: Job, recipe: Recipe, store: ObjectStore, masses: Masses, say: Watch) -> dict[str, Trial]:
+    """Dry runs with rotated inputs, kept in the store; none without the recipe's part."""
+    if not recipe.rotate:
+        return {}
+
+    def make() -> tuple[dict[str, Tensor], dict]:
+        found = try_rotations(job, masses, _offered(recipe), lambda done, total: say("rotations", done, total))
+        return {}, trials_json(found)
+
+    return {group: Trial(**trial) for group, trial in store.made("rotations", make)[1].items()}
+
+
+def _offered(recipe: Recipe) -> tuple[str, ...]:
+    """The codes that a plan chooses among."""
+    return CODES_OFFERED if recipe.overlap else tuple(CODES_BY_BITS.values())
+
+
+def with_rotations(plan: BitPlan, blocks: Mapping[str, int]) -> BitPlan:
+    """The plan with the block that each layer's inputs are rotated in."""
+    layers = tuple(replace(layer, rotation=blocks.get(layer.name, 0)) for layer in plan.layers)
+    return replace(plan, layers=layers)
+
+
+def _deal_again(job: Job, orders: Mapping[str, Tensor], blocks: Mapping[str, int]) -> None:
+    """Fold further orders in: a rotated layer's columns are no inputs, so it is turned back for as long."""
+    if orders:
+        turn_model_back(job.model, blocks)
+        deal_model(job.model, job.family, job.config, orders)
+        rotate_model(job.model, blocks)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Free order → its ranking, and group → the ranking its columns have, of the groups that may be cut there."""
@@ -118,18 +156,32 @@ class Ranks:
     groups: dict[str, Ranking] = field(default_factory=dict)
 
 
-def _ranks(job: Job, recipe: Recipe, energies: Mapping[str, Tensor], orders: Mapping[str, Tensor]) -> Ranks:
-    """What may be cut; nothing without the recipe's part, or where there is nothing to plan for."""
+def _ranks(
+    job: Job,
+    recipe: Recipe,
+    energies: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
+    rotated: Collection[str],
+) -> Ranks:
+    """What may be cut, none of the layers `rotated` among it; nothing without the recipe's part, or where there is
+    nothing to plan for.
+    """
     if not (recipe.segments and recipe.mix) or (job.bits is None and job.budget_bytes is None):
         return Ranks()
-    free = _rankings(job, energies, orders)
+    free = _rankings(job, energies, orders, rotated)
     now = energies_now(job.family, job.config, job.specs, energies, orders)
-    return Ranks(free, groups_to_cut(job.specs, free, now))
+    return Ranks(free, groups_to_cut(_unrotated(job, rotated), free, now))
 
 
-def _rankings(job: Job, energies: Mapping[str, Tensor], orders: Mapping[str, Tensor]) -> dict[str, Ranking]:
+def _rankings(
+    job: Job, energies: Mapping[str, Tensor], orders: Mapping[str, Tensor], rotated: Collection[str]
+) -> dict[str, Ranking]:
     now = energies_now(job.family, job.config, job.specs, energies, orders)
-    return rank_columns(job.model, job.family, job.config, job.specs, now)
+    return rank_columns(job.model, job.family, job.config, _unrotated(job, rotated), now)
+
+
+def _unrotated(job: Job, rotated: Collection[str]) -> list[LayerSpec]:
+    return [spec for spec in job.specs if spec.name not in rotated]
 
 
 def _sensitivity(
@@ -145,7 +197,7 @@ def _sensitivity(
             job.inputs,
             job.specs,
             masses,
-            CODES_OFFERED if recipe.overlap else tuple(CODES_BY_BITS.values()),
+            _offered(recipe),
             held_out=held_out_samples(job.inputs),
             row_weights=row_weights_of,
             ranks={group: one.banded(unit_widths(len(one.order)), recipe.deal) for group, one in ranks.groups.items()},

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from toolchain.errors import ShapeError
 from toolchain.kernels import forward, order
-from toolchain.values import CHUNK_ROWS, ROW_GROUP, ROW_STRIDE, VQCode
+from toolchain.rotated import RotatedInput
+from toolchain.values import CHUNK_ROWS, ROW_GROUP, ROW_STRIDE, LayerPlan, VQCode
+from toolchain.vq.rotation import BLOCKS, turn_back
 from toolchain.vq.weights import VQWeights
 
 # Buffers whose dtype is part of the format: model.half() or model.to(bfloat16) must not touch it.
@@ -179,11 +181,25 @@ class VQModule(nn.Module):
 
 
 class VQLinear(VQModule):
-    """y = x Ŵᵀ + bias, x [..., columns] → y [..., rows] in x's dtype."""
+    """y = x Ŵᵀ + bias, x [..., columns] → y [..., rows] in x's dtype.
 
-    def __init__(self, code, rows, columns, table_id, dtype, device=None, bias: bool = False) -> None:
+    With a rotation the stored weight is one for Rᵀ x, which a hook makes of x before `forward`; `dense` gives it as it
+    is stored, `weight` turned back.
+    """
+
+    def __init__(
+        self, code, rows, columns, table_id, dtype, device=None, bias: bool = False, rotation: int = 0
+    ) -> None:
         super().__init__(code, rows, columns, table_id, dtype, device)
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.rotation = rotation
+        if rotation:
+            self.register_forward_pre_hook(RotatedInput(rotation))
+
+    @property
+    def weight(self) -> Tensor:
+        stored = super().weight
+        return turn_back(stored, self.rotation) if self.rotation else stored
 
     def forward(self, x: Tensor) -> Tensor:
         if self._decoded is not None:
@@ -270,26 +286,37 @@ def keep_decoded(model: nn.Module) -> Iterator[None]:
             module.keep(False)
 
 
-def replacement_for(dense: Any, kind: str, code: VQCode, rows: int, columns: int, table_id: str) -> VQModule:
+def _check_rotation(layer: LayerPlan) -> None:
+    block = layer.rotation
+    if block and (layer.kind != "linear" or block not in BLOCKS or layer.columns % block):
+        raise ShapeError(
+            f"rotation in blocks of {block}: expected a linear, and blocks of {BLOCKS} that divide its columns, found "
+            f"kind {layer.kind} of {layer.columns} columns; quantize the checkpoint again"
+        )
+
+
+def replacement_for(dense: Any, layer: LayerPlan) -> VQModule:
     """An empty module, on the dense one's device and in its dtype, to stand in its place; its bias is taken over.
 
     Raises:
-        ShapeError: the dense module does not have the shape, or is a convolution that overlaps or pads.
+        ShapeError: the dense module does not have the shape, is a convolution that overlaps or pads, or its inputs
+            cannot be rotated.
     """
     weight = dense.weight
-    if weight.flatten(1).shape != (rows, columns):
-        raise ShapeError(f"expected a weight of {rows}x{columns}, found {list(weight.flatten(1).shape)}")
-    common = (code, rows, columns, table_id, weight.dtype, weight.device)
-    if kind == "embedding":
+    if weight.flatten(1).shape != (layer.rows, layer.columns):
+        raise ShapeError(f"expected a weight of {layer.rows}x{layer.columns}, found {list(weight.flatten(1).shape)}")
+    _check_rotation(layer)
+    common = (layer.vq_code, layer.rows, layer.columns, layer.table, weight.dtype, weight.device)
+    if layer.kind == "embedding":
         return VQEmbedding(*common)
     bias = getattr(dense, "bias", None)
     module: VQLinear
-    if kind == "conv":
+    if layer.kind == "conv":
         if tuple(dense.stride) != tuple(dense.kernel_size) or any(dense.padding) or dense.groups != 1:
             raise ShapeError(f"expected a convolution with stride = kernel and no padding or groups, found {dense}")
         module = VQConv(*common, bias=bias is not None, kernel=tuple(dense.kernel_size))
     else:
-        module = VQLinear(*common, bias=bias is not None)
+        module = VQLinear(*common, bias=bias is not None, rotation=layer.rotation)
     if bias is not None:
         module.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return module

@@ -28,6 +28,7 @@ from toolchain.models.family import family_for
 from toolchain.models.inventory import kept_parameters
 from toolchain.objects import ObjectStore
 from toolchain.recipe import Recipe
+from toolchain.rotation_choice import trials_json
 from toolchain.sequence import LayerResult, Progress, Solved, planned_code, quantize_in_sequence
 from toolchain.values import BitPlan, LayerSpec, Sample, sha256_file, write_json
 from toolchain.vq.weights import Method, Options
@@ -126,6 +127,8 @@ def _write_findings(made: Made, staging: Path) -> None:
         write_orders(staging, made.orders)
     if made.mended:
         write_json(staging / "mended.json", made.mended)
+    if made.rotations:
+        write_json(staging / "rotations.json", trials_json(made.rotations))
     if made.sensitivity is not None:
         write_json(staging / "sensitivity.json", vars(made.sensitivity))
 

@@ -21,6 +21,9 @@ class Recipe:
     overlap: bool = True  # codes with overlapping windows, chosen per group by a dry run
     mix: bool = True  # module 1: a code per group by sensitivity; one rate for all where off
     deal: bool = True  # columns dealt over vectors, the order folded into their producers
+    # Inputs rotated by a block-diagonal Hadamard matrix where a dry run says that it pays. Off: of the demo's 50 groups
+    # it pays for 20 as they come and for 2 once their columns are dealt, and the KL does not show those.
+    rotate: bool = False
     # Rows and tokens weighted by the loss gradient: token masses, and S_o in descent and rounds. Off: a model that is
     # sure of its answers has four tokens of 2,777 carry a layer's whole mass, and the demo's answers get no better.
     fisher: bool = False

@@ -86,10 +86,11 @@ def segmented_replacement(dense: Any, layer: LayerPlan) -> VQSegmentedLinear:
         ShapeError: the dense module is no linear of the plan's shape.
     """
     weight = dense.weight
-    if layer.kind != "linear" or weight.shape != (layer.rows, layer.columns):
+    if layer.kind != "linear" or layer.rotation or weight.shape != (layer.rows, layer.columns):
         raise ShapeError(
             f"segments {layer.code}: expected a linear of {layer.rows}x{layer.columns}, found kind {layer.kind} of "
-            f"{list(weight.shape)}; only linears are cut into segments"
+            f"{list(weight.shape)}, rotation {layer.rotation}; only linears are cut into segments, and none whose "
+            "inputs are rotated"
         )
     parts = [
         VQLinear(piece.vq_code, piece.rows, piece.columns, piece.table, weight.dtype, weight.device)

@@ -138,7 +138,7 @@ def measure_sensitivity(
     with torch.inference_mode():
         expected = [answer_scores(model, one) for one in own]
     done = 0
-    for stretch in _stretches(specs):
+    for stretch in stretches_of(specs):
         moments = _moments(model, inputs, stretch, masses)
         probes = collect_loss_statistics(model, own, stretch, held_out=range(len(own)), draws=draws, seed=seed).probes
         for group, members in groups_of(stretch).items():
@@ -197,7 +197,7 @@ def _belongs(spec: LayerSpec, tokens: int, one: CalibrationInput, kind: str) -> 
     return marks if kind == IMAGE else ~marks
 
 
-def _stretches(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
+def stretches_of(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
     """Whole groups, in order, while their second moments fit."""
     stretch: list[LayerSpec] = []
     size = 0

@@ -171,6 +171,7 @@ class LayerPlan:
     """The format one layer gets. `table` is the id of its table; `code` is "V,k,L".
 
     A layer in K-segments has the text of `parse_format` there, and a table a segment; `pieces` are what is stored.
+    `rotation` is the block of the rotation that its inputs go through first (`vq.rotation`), 0 for none.
     """
 
     name: str
@@ -182,6 +183,7 @@ class LayerPlan:
     code: str
     table: str
     tied_to: str | None = None
+    rotation: int = 0
 
     @property
     def vq_code(self) -> VQCode:

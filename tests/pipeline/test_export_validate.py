@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from recorded_lines import GRAPHS, against, prompts_of
+from recorded_lines import GRAPHS, against, prompts_of, validate
 
 from toolchain.checkpoint import load_model
 from toolchain.device.answer import greedy
@@ -20,14 +20,9 @@ from toolchain.errors import EnvironmentMismatch, NumericGateError
 from toolchain.graph.export import reference_graphs_from_model
 from toolchain.graph.plugin_op import device_graphs
 from toolchain.graph.reference import load_reference, record_calls
-from toolchain.graph.validate import mixed_batches, validate_line
+from toolchain.graph.validate import mixed_batches
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded, vq_modules
-
-
-def validate(line, folder: Path, **options):
-    stages = (line.model, line.root / "quantized", line.root / "reference", line.root / "device")
-    return validate_line(line.family, *stages, line.samples[:2], folder, **({"steps": 2} | options))
 
 
 def test_every_form_agrees_at_every_tap(line, tmp_path):

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_models import bit_plan, qwen2_vl_2b, qwen3_vl
+from published_models import bit_plan, qwen2_vl_2b, qwen3_vl, rotated
 
 from toolchain import advice, budget
 from toolchain.budget import Workload, plan_memory
@@ -218,3 +218,13 @@ def test_default_workload_takes_the_targets_limits():
     work = budget.default_workload(NANO)
     assert work.context_tokens == NANO.default_context_tokens
     assert plan_memory(PLANS["4,8,8"], GEOMETRY, NANO, work).image.tokens <= 768
+
+
+def test_rotated_inputs_are_a_copy_of_the_widest_in_float16():
+    geometry, work = qwen2_vl_2b(), Workload(2048, (448, 448), 448 * 448)
+    plain = plan_memory(bit_plan(geometry), geometry, NANO, work)
+    turned = plan_memory(rotated(bit_plan(geometry), ("down_proj", "o_proj", "fc2")), geometry, NANO, work)
+    assert turned.parts["activations"] - plain.parts["activations"] == 2 * 8960 * (256 + 256)
+    assert turned.parts["vision_activations"] - plain.parts["vision_activations"] == 2 * 5120 * 1024
+    others = {name: size for name, size in plain.parts.items() if not name.endswith("activations")}
+    assert {name: turned.parts[name] for name in others} == others

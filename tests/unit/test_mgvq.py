@@ -10,6 +10,8 @@ import torch
 
 from toolchain.calibration import calibration_inputs, read_manifest
 from toolchain.checkpoint import load_model, load_quantized
+from toolchain.dealing import read_orders
+from toolchain.layer_errors import checkpoint_layer_errors
 from toolchain.models.family import family_for, read_config
 from toolchain.quantize import quantize_checkpoint
 from toolchain.recipe import PARTS
@@ -27,6 +29,7 @@ def quantized(model, manifest, out, method, **limits):
 PARTLY = (
     "mgvq-mix",
     "mgvq-deal",
+    "mgvq+rotate",
     "mgvq-overlap",
     "mgvq-drift-bias",
     "mgvq+fisher+descent",
@@ -99,6 +102,25 @@ def test_groups_are_cut_where_it_pays(tiny_with_loud_columns, tiny_manifest, tmp
     assert {name: module.code for name, module in vq_layers(model).items() if "+" in str(module.code)} == {
         layer.name: layer.code for layer in cut
     }
+
+
+@pytest.mark.parametrize("method", ["mgvq+rotate+segments", "mgvq+rotate+descent+tune-deal"])
+def test_rotated_inputs_go_through_every_part(tiny_qwen2_vl, tiny_manifest, tmp_path, monkeypatch, method):
+    """With every rotation said to pay, plan, checkpoint, reports and the loaded model agree."""
+    monkeypatch.setattr("toolchain.rotation_choice.LEAST_GAIN", 100.0)
+    monkeypatch.setattr("toolchain.dealing.LEAST_SPREAD", 1.0)
+    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", method, bits=2.3)
+    tried = json.loads((result.folder / "rotations.json").read_text())
+    rotated = {layer.name: layer.rotation for layer in result.plan.layers if layer.rotation}
+    assert rotated
+    assert {layer.group for layer in result.plan.layers if layer.rotation} == set(tried)
+    assert not any(layer.rotation and (layer.segments or layer.kind != "linear") for layer in result.plan.layers)
+    model = load_quantized(result.folder)
+    assert {name: m.rotation for name, m in vq_layers(model).items() if getattr(m, "rotation", 0)} == rotated
+    # Turned back, the weights are those that full precision has, its columns dealt.
+    samples, orders = read_manifest(tiny_manifest), read_orders(result.folder)
+    errors = checkpoint_layer_errors(tiny_qwen2_vl, model, samples, lambda done, total: None, orders)
+    assert all(0 < one["error_both"] < 0.5 for one in errors if one["name"] in rotated)
 
 
 OVERRIDE = ("*.layers.0.mlp.down_proj", "2,8,9@64+2,3,8")

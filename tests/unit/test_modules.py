@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from toolchain.modules import (
     patch_rows,
     replacement_for,
 )
-from toolchain.values import CODES, VQCode
+from toolchain.rotated import rotate_model, turn_model_back
+from toolchain.values import CODES, LayerPlan, VQCode
 from toolchain.vq import format as vq_format
+from toolchain.vq.rotation import rotate, turn_back
 from toolchain.vq.weights import VQWeights
 
 ALL_CODES = [VQCode(v, k, window) for v in (2, 4) for k in range(1, 9) for window in range(k, 10)]
@@ -43,6 +46,10 @@ def random_weights(code: VQCode, rows: int, columns: int, seed: int = 0) -> VQWe
 def filled(module: VQModule, seed: int = 0) -> VQModule:
     module.set_weights(random_weights(module.code, module.rows, module.columns, seed))
     return module
+
+
+def layer(kind: str, code: str, rows: int, columns: int) -> LayerPlan:
+    return LayerPlan("m", "language", kind, rows, columns, "m", code, "t0")
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,11 +79,47 @@ def test_linear_is_a_linear_of_the_decoded_weight():
     assert module(x.double()[..., :40].float()).shape == (2, 3, 24)
 
 
+def rotated_module() -> VQLinear:
+    dense = nn.Linear(128, 24)
+    module = filled(replacement_for(dense, replace(layer("linear", "2,4,8", 24, 128), rotation=64)))
+    assert isinstance(module, VQLinear)
+    return module
+
+
+def test_a_rotated_linear_multiplies_rotated_inputs():
+    module, x = rotated_module(), torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(0))
+    stored = module.dense(torch.float32)
+    torch.testing.assert_close(module(x), F.linear(rotate(x, 64), stored, module.bias))
+    torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(module.weight, turn_back(stored, 64))
+    with keep_decoded(module):
+        torch.testing.assert_close(module(x), F.linear(rotate(x, 64), stored, module.bias))
+
+
+def test_a_copy_of_a_rotated_linear_rotates_once_and_watchers_see_what_the_weight_multiplies():
+    module, x, seen = copy.deepcopy(rotated_module()), torch.ones(1, 128), []
+    module.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+    module(x)
+    assert torch.equal(seen[0], rotate(x, 64))
+
+
+def test_a_rotated_model_computes_the_same_and_turns_back():
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 8)).requires_grad_(False)
+    before, x = copy.deepcopy(model), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    rotate_model(model, {"0": 64, "1": 16})
+    assert not torch.allclose(model[1].weight, before[1].weight, atol=1e-2)
+    torch.testing.assert_close(model(x), before(x), atol=1e-5, rtol=1e-5)
+    turn_model_back(model, {"0": 64, "1": 16})
+    assert not model[0]._forward_pre_hooks
+    for one, other in zip(model, before, strict=True):
+        torch.testing.assert_close(one.weight, other.weight, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("kernel", [(3, 2), (2, 4, 4)])
 def test_conv_equals_a_convolution(kernel):
     dense = (nn.Conv2d if len(kernel) == 2 else nn.Conv3d)(3, 10, kernel, stride=kernel)
     columns = dense.weight[0].numel()
-    module = filled(replacement_for(dense, "conv", CODES["2,6,6"], 10, columns, "t0"))
+    module = filled(replacement_for(dense, layer("conv", "2,6,6", 10, columns)))
     assert isinstance(module, VQConv)
     dense.weight.data = module.weight
     sizes = [3 * k + 1 for k in kernel]  # the odd column at the end belongs to no patch
@@ -145,7 +188,11 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match="expected weights of 8x16 in code 4,8,8, found 8x32"):
         VQLinear(code, 8, 16, "t0", torch.float32).set_weights(random_weights(code, 8, 32))
     with pytest.raises(ShapeError, match="expected a weight of 8x16, found"):
-        replacement_for(nn.Linear(16, 9), "linear", code, 8, 16, "t0")
+        replacement_for(nn.Linear(16, 9), layer("linear", "4,8,8", 8, 16))
     for conv in (nn.Conv2d(3, 8, 4, stride=2), nn.Conv2d(3, 8, 4, stride=4, padding=1)):
         with pytest.raises(ShapeError, match="stride = kernel and no padding"):
-            replacement_for(conv, "conv", code, 8, 48, "t0")
+            replacement_for(conv, layer("conv", "4,8,8", 8, 48))
+    for kind, columns, rotation in (("linear", 24, 16), ("conv", 48, 16), ("linear", 64, 32)):
+        dense = nn.Linear(columns, 8) if kind == "linear" else nn.Conv2d(3, 8, 4, stride=4)
+        with pytest.raises(ShapeError, match=f"rotation in blocks of {rotation}: expected"):
+            replacement_for(dense, replace(layer(kind, "4,8,8", 8, columns), rotation=rotation))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from published_models import bit_plan, qwen2_vl_2b, qwen3_vl
+from published_models import bit_plan, qwen2_vl_2b, qwen3_vl, rotated
 
 from toolchain.budget import Workload
-from toolchain.roofline import ERROR, decode_weight_bytes, phase_ms, plan_latency, vision_weight_bytes
+from toolchain.roofline import ERROR, Work, decode_weight_bytes, phase_ms, plan_latency, vision_weight_bytes
 from toolchain.target import load_target
 
 AGX, NX, THOR = (load_target(name) for name in ("agx-orin-64gb", "orin-nx-16gb", "agx-thor-128gb"))
@@ -39,7 +39,7 @@ def int4_bytes(size: str) -> int:
 def test_decode(size, target, published):
     geometry = qwen3_vl(size)
     read = int4_bytes(size) + 300 * geometry.kv_bytes_per_token
-    predicted = 1000 / phase_ms("decode", read, 2 * geometry.language_weights, geometry.layers, target)
+    predicted = 1000 / phase_ms("decode", Work(read, 2 * geometry.language_weights, geometry.layers), target)
     assert predicted == pytest.approx(published, rel=ERROR["decode"])
 
 
@@ -50,7 +50,7 @@ def test_decode(size, target, published):
 def test_prefill_of_292_tokens(size, target, ms):
     geometry = qwen3_vl(size)
     flops = 2 * geometry.language_weights * 292
-    assert phase_ms("prefill", int4_bytes(size), flops, geometry.layers, target) == pytest.approx(
+    assert phase_ms("prefill", Work(int4_bytes(size), flops, geometry.layers), target) == pytest.approx(
         ms, rel=ERROR["prefill"]
     )
 
@@ -59,7 +59,7 @@ def test_prefill_of_292_tokens(size, target, ms):
 def test_long_batched_prefill(target, tokens_per_s):
     geometry, length, batch = qwen3_vl("8B"), 2100, 8
     flops = batch * (2 * geometry.language_weights * length + 2 * 36 * 4096 * length**2)
-    ms = phase_ms("prefill", int4_bytes("8B"), flops, geometry.layers, target)
+    ms = phase_ms("prefill", Work(int4_bytes("8B"), flops, geometry.layers), target)
     assert 1000 * batch * length / ms == pytest.approx(tokens_per_s, rel=ERROR["prefill"])
 
 
@@ -67,7 +67,7 @@ def test_long_batched_prefill(target, tokens_per_s):
 def test_vision_of_265_tokens(target, ms):
     geometry, patches = qwen3_vl("2B"), 1060
     flops = 2 * geometry.vision_weights * patches + 4 * 24 * 1024 * patches**2
-    assert phase_ms("vision", 2 * 407_000_000, flops, 24, target) == pytest.approx(ms, rel=ERROR["vision"])
+    assert phase_ms("vision", Work(2 * 407_000_000, flops, 24), target) == pytest.approx(ms, rel=ERROR["vision"])
 
 
 def test_a_plan_has_its_phases_and_error_bars():
@@ -111,3 +111,27 @@ def test_an_untied_embedding_kept_in_16_bits_is_not_read():
     plan = bit_plan(geometry)
     kept = plan.kept | {"model.language_model.embed_tokens.weight": 10**9}
     assert decode_weight_bytes(dataclasses.replace(plan, kept=kept), geometry) == decode_weight_bytes(plan, geometry)
+
+
+def test_a_rotation_is_counted_by_phase_worked_by_hand():
+    """28 down_proj of 8,960 columns in blocks of 64, and 32 fc2 of 5,120 in a picture's 1,024 patches."""
+    geometry, work = qwen2_vl_2b(), Workload(2048, (448, 448), NANO.max_image_pixels)
+    plain = plan_latency(bit_plan(geometry), geometry, NANO, work)
+    turned = plan_latency(rotated(bit_plan(geometry), "down_proj"), geometry, NANO, work)
+    decode, before = turned.phase("decode"), plain.phase("decode")
+    assert decode.rotations == 28
+    assert decode.flops - before.flops == 28 * 2 * 8960 * 64
+    assert decode.bytes_read - before.bytes_read == 28 * 4 * 8960
+    assert turned.phase("vision") == plain.phase("vision")
+    launches, moved = 28 * 4_000 / NANO.gpu_clock_hz, 28 * 4 * 8960 / NANO.bandwidth_read_bytes_per_s
+    assert decode.ms - before.ms == pytest.approx(1000 * (launches + moved))
+    tower = plan_latency(rotated(bit_plan(geometry), "fc2"), geometry, NANO, work)
+    assert tower.phase("vision").flops - plain.phase("vision").flops == 32 * 2 * 5120 * 64 * 1024
+    assert tower.phase("decode") == before
+
+
+def test_layers_of_a_group_share_one_rotation():
+    geometry, work = qwen2_vl_2b(), Workload(2048, None, NANO.max_image_pixels)
+    plan = rotated(bit_plan(geometry), ("gate_proj", "up_proj"))
+    assert sum(1 for layer in plan.layers if layer.rotation) == 2 * 28
+    assert plan_latency(plan, geometry, NANO, work).phase("decode").rotations == 28

@@ -4,9 +4,9 @@ R is a block-diagonal randomized Hadamard matrix, as in QuIP# (arXiv 2402.04396)
 largest blocks that divide the columns, up to 128. It makes weights nearly Gaussian and loud columns alike.
 
 Rotating the activations when the model runs is counted as time alone, not as bits: its signs are drawn from a seed.
-No checkpoint, graph or kernel of ours can say it, so that this method is for `toolchain.compare` only, and `gptq`,
-which a checkpoint can hold, stays unrotated. To be the strongest scalar baseline it takes, group by group, whichever
-of the two has the lower error on the calibration inputs.
+That is another rotation than the one a checkpoint of ours can hold (`vq.rotation`), so that this method is for
+`toolchain.compare` only, and `gptq`, which a checkpoint can hold, stays unrotated. To be the strongest scalar baseline
+it takes, group by group, whichever of the two has the lower error on the calibration inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from toolchain.baselines import gptq
 from toolchain.baselines.compared import ComparedGroup
 from toolchain.values import VQCode
+from toolchain.vq.rotation import hadamard
 from toolchain.vq.weights import Options, VQGroup
 
 LARGEST_BLOCK = 128
@@ -27,14 +28,6 @@ LARGEST_BLOCK = 128
 def block_size(columns: int) -> int:
     """The largest power of two up to LARGEST_BLOCK that divides `columns`; 1 for an odd number."""
     return math.gcd(columns, LARGEST_BLOCK)
-
-
-def hadamard(size: int) -> Tensor:
-    """float32[size, size]: Sylvester's Hadamard matrix over √size, orthogonal and symmetric; `size` is a power of 2."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
-    return matrix / math.sqrt(size)
 
 
 def random_signs(columns: int, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.graph import torch_op
-from toolchain.modules import VQConv, VQEmbedding, VQModule, patch_rows, vq_modules
+from toolchain.modules import VQConv, VQEmbedding, VQLinear, VQModule, patch_rows, vq_modules
 from toolchain.vq import format as vq_format
+from toolchain.vq.rotation import rotation_block
 
 
 class Twin(nn.Module):
@@ -42,7 +43,17 @@ class Twin(nn.Module):
 
 
 class LinearTwin(Twin):
+    """A rotation of the inputs becomes a product with one block, a constant of the graph; see `modules.VQLinear`."""
+
+    block: Tensor | None
+
+    def __init__(self, module: VQLinear) -> None:
+        super().__init__(module)
+        self.register_buffer("block", rotation_block(module.rotation) if module.rotation else None)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.block is not None:
+            x = (x.unflatten(-1, (-1, len(self.block))) @ self.block).flatten(-2)
         return torch_op.vq_linear(x, self.symbols, self.table, self.scales, self.bias, *self.sizes())
 
 
@@ -64,7 +75,10 @@ def twin_of(module: VQModule) -> Twin:
     """The export twin of a module on the CPU."""
     if isinstance(module, VQEmbedding):
         return EmbeddingTwin(module)
-    return ConvTwin(module) if isinstance(module, VQConv) else LinearTwin(module)
+    if isinstance(module, VQConv):
+        return ConvTwin(module)
+    assert isinstance(module, VQLinear)
+    return LinearTwin(module)
 
 
 @contextmanager

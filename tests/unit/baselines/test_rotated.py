@@ -6,6 +6,7 @@ from layer_problems import random_layer
 
 from toolchain.baselines import gptq, rotated
 from toolchain.values import PLAIN_CODE_NAMES, VQCode
+from toolchain.vq.rotation import hadamard
 from toolchain.vq.weights import Options
 
 CODE = VQCode.parse("4,8,8")
@@ -30,7 +31,7 @@ def test_blocks_are_the_largest_that_divide(columns, size):
 
 def test_hadamard_by_hand():
     expected = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
-    assert torch.equal(rotated.hadamard(4), expected)
+    assert torch.equal(hadamard(4), expected)
 
 
 @pytest.mark.parametrize("columns", [128, 48, 7])

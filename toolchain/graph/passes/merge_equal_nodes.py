@@ -1,7 +1,7 @@
 """Nodes that compute the same thing from the same inputs become one.
 
-The exporter writes a slice or a cast once for each reader. Readers of one tensor can be fused (fuse_shared_input),
-those of two equal ones cannot; so this runs before it.
+The exporter writes a slice, a cast or a rotation once for each reader. Readers of one tensor can be fused
+(fuse_shared_input), those of two equal ones cannot; so this runs before it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 from toolchain.graph import vq_op
 from toolchain.graph.passes import PassResult
 
-SMALL_BYTES = 1024  # constants up to this are compared by content, larger ones by name
+# Constants up to this are compared by content, larger ones by name: a rotation's block has 16 KiB in float32.
+SMALL_BYTES = 16 << 10
 
 
 def merge_equal_nodes(graph: gs.Graph) -> PassResult:
