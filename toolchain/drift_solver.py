@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration import CalibrationInput, tied_moment
+from toolchain.calibration import tied_moment
 from toolchain.dry_runs import expected_loss
+from toolchain.held_out import gate_samples
 from toolchain.job import Job
 from toolchain.mending import ROWS_UP_TO
 from toolchain.moments import Masses, collect_pairs
@@ -27,12 +28,6 @@ from toolchain.vq.solve import quantize_group, solve_problem
 from toolchain.vq.weights import Options, SegmentedGroup, StoredWeights, VQGroup, pack_group, stack_group
 
 ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
-HELD_OUT = 4  # every so many-th sample weighs the groups and gates what the others fitted
-
-
-def held_out_samples(inputs: Sequence[CalibrationInput]) -> range:
-    """Every HELD_OUT-th sample; all of them where there are fewer."""
-    return range(len(inputs)) if len(inputs) < HELD_OUT else range(1, len(inputs), HELD_OUT)
 
 
 def row_weights_of(spec: LayerSpec, weight: Tensor) -> Tensor:
@@ -71,7 +66,7 @@ class DriftSolver:
                 self.full,
                 self.job.inputs,
                 asked,
-                held_out=held_out_samples(self.job.inputs),
+                held_out=gate_samples(self.job.inputs),
                 rows_up_to=ROWS_UP_TO if self.recipe.fisher else 0,
                 draws=2,
                 seed=self.job.seed,

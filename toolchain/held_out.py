@@ -11,6 +11,7 @@ import torch
 from toolchain.calibration import CalibrationInput, picture_digest
 from toolchain.errors import InputDataError
 
+GATED = 4  # every so many-th picture weighs the groups and gates descent
 FEWEST_PICTURES = 5  # with fewer, what a drawn share holds out would say nothing
 
 
@@ -42,6 +43,18 @@ def every_nth_picture(inputs: Sequence[CalibrationInput], every: int) -> tuple[l
             f"pictures, found {count}; add pictures, or leave rounds out"
         )
     return parted(owners, range(every - 1, count, every))
+
+
+def gate_samples(inputs: Sequence[CalibrationInput]) -> list[int]:
+    """Places of the samples about every GATED-th picture, from the second on: their gradients weigh the groups, gate
+    descent, and are in no output curvature.
+
+    With fewer than GATED pictures, all samples: gradients of one or two pictures say less of the others than all of
+    them say of themselves. What is weighed is then weighed on the training data, and no S_o can be fitted.
+    """
+    owners = picture_numbers(inputs)
+    pictures = len(set(owners))
+    return list(range(len(owners))) if pictures < GATED else parted(owners, range(1, pictures, GATED))[1]
 
 
 def drawn_pictures(inputs: Sequence[CalibrationInput], share: float, seed: int) -> tuple[list[int], list[int], int]:

@@ -24,7 +24,8 @@ from toolchain.dealing import (
     measured_orders,
     rank_columns,
 )
-from toolchain.drift_solver import DriftSolver, held_out_samples, row_weights_of
+from toolchain.drift_solver import DriftSolver, row_weights_of
+from toolchain.held_out import gate_samples
 from toolchain.job import Job
 from toolchain.mending import Watch, mend_by_rounds, mend_by_tuning
 from toolchain.models.inventory import kept_parameters
@@ -198,7 +199,7 @@ def _sensitivity(
             job.specs,
             masses,
             _offered(recipe),
-            held_out=held_out_samples(job.inputs),
+            held_out=gate_samples(job.inputs),
             row_weights=row_weights_of,
             ranks={group: one.banded(unit_widths(len(one.order)), recipe.deal) for group, one in ranks.groups.items()},
             seed=job.seed,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from toolchain.errors import InputDataError
-from toolchain.held_out import drawn_pictures, every_nth_picture
+from toolchain.held_out import GATED, drawn_pictures, every_nth_picture, gate_samples
 
 
 def of_picture(number):
@@ -26,6 +26,22 @@ def test_no_picture_is_split():
 def test_refuses_too_few_pictures():
     with pytest.raises(InputDataError, match="at least 4 different pictures, found 2"):
         every_nth_picture([of_picture(number % 2) for number in range(10)], 4)
+
+
+def test_a_gates_pictures_are_on_one_side_however_the_questions_come():
+    pictures = [0, 1, 1, 2, 0, 3, 4, 5, 2, 5, 6, 1]
+    held = gate_samples([of_picture(number) for number in pictures])
+    assert {pictures[place] for place in held} == {1, 5}
+    assert not {pictures[place] for place in held} & {p for place, p in enumerate(pictures) if place not in held}
+
+
+def test_with_one_question_a_picture_the_gate_takes_every_fourth_sample():
+    for count in (4, 5, 9, 12):
+        assert gate_samples([of_picture(number) for number in range(count)]) == list(range(1, count, GATED))
+
+
+def test_a_gate_with_too_few_pictures_takes_all_samples():
+    assert gate_samples([of_picture(number % 3) for number in range(10)]) == list(range(10))
 
 
 def test_a_drawn_picture_is_never_on_both_sides():
