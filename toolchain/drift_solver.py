@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration import tied_moment
 from toolchain.dry_runs import expected_loss
+from toolchain.gated_descent import Fit, Gate, gated_group, gated_segments
 from toolchain.held_out import gate_samples
 from toolchain.job import Job
 from toolchain.mending import ROWS_UP_TO
@@ -16,16 +17,13 @@ from toolchain.moments import Masses, collect_pairs
 from toolchain.recipe import Recipe
 from toolchain.sequence import Solved, planned_code
 from toolchain.statistics import LossStatistics, collect_loss_statistics
-from toolchain.values import BitPlan, LayerSpec, VQCode, parse_format
-from toolchain.vq.curvature import damp
-from toolchain.vq.descent import Descent
+from toolchain.values import BitPlan, LayerSpec, parse_format
+from toolchain.vq.curvature import damp, unit_mean
 from toolchain.vq.drift import PairMoments, gated_shift
-from toolchain.vq.factor import factor_moment
-from toolchain.vq.refit_cg import refine
 from toolchain.vq.scales import rms_scales
-from toolchain.vq.segments import Coder, quantize_segments
-from toolchain.vq.solve import quantize_group, solve_problem
-from toolchain.vq.weights import Options, SegmentedGroup, StoredWeights, VQGroup, pack_group, stack_group
+from toolchain.vq.segments import quantize_segments
+from toolchain.vq.solve import quantize_group
+from toolchain.vq.weights import SegmentedGroup, StoredWeights, VQGroup
 
 ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
 
@@ -53,12 +51,16 @@ class DriftSolver:
     def __init__(self, job: Job, recipe: Recipe, plan: BitPlan, full: nn.Module, masses: Masses) -> None:
         self.job, self.recipe, self.plan, self.full, self.masses = job, recipe, plan, full, masses
         self.pairs: dict[str, PairMoments] = {}
+        self.fitted: dict[str, Tensor] = {}  # group → S_i of the pictures that the gate does not hold out
         self.statistics = LossStatistics()
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
-        self.pairs, self.statistics = {}, LossStatistics()  # the last step's must not lie beside this one's
+        self.pairs, self.fitted, self.statistics = {}, {}, LossStatistics()  # the last step's must not lie beside these
         groups = {spec.group for spec in step}
         asked = [spec for spec in self.job.specs if spec.group in groups and spec.kind != "embedding"]
+        apart = gate_samples(self.job.inputs) if self.recipe.descent else []
+        if apart and asked:
+            self.fitted = self._fitted_moments(model, asked, set(apart))
         full = self.full if self.recipe.drift else None
         self.pairs = collect_pairs(model, full, self.job.inputs, asked, self.masses) if asked else {}
         if self.recipe.descent and asked:
@@ -66,11 +68,20 @@ class DriftSolver:
                 self.full,
                 self.job.inputs,
                 asked,
-                held_out=gate_samples(self.job.inputs),
+                held_out=apart,
                 rows_up_to=ROWS_UP_TO if self.recipe.fisher else 0,
                 draws=2,
                 seed=self.job.seed,
             )
+
+    def _fitted_moments(self, model: nn.Module, asked: Sequence[LayerSpec], apart: set[int]) -> dict[str, Tensor]:
+        """Group → S_i float32[n, n] without the samples `apart`; none where that leaves no sample."""
+        fit = [number for number in range(len(self.job.inputs)) if number not in apart]
+        if not fit:
+            return {}
+        masses = {spec.group: [self.masses[spec.group][number] for number in fit] for spec in asked}
+        pairs = collect_pairs(model, None, [self.job.inputs[number] for number in fit], asked, masses)
+        return {group: pair.whole.moment / pair.whole.mass for group, pair in pairs.items()}
 
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
@@ -86,12 +97,12 @@ class DriftSolver:
         assert pairs is not None
         moment = pairs.whole.moment / pairs.whole.mass
         if not self.recipe.drift:
-            return Solved(self._coded(members, weights, moment, code, generator))
+            return Solved(*self._coded(members, weights, moment, code, generator))
         stacked = torch.cat(weights)
         shift = gated_shift(stacked, pairs, self._expected_error(stacked, moment, code, generator))
         targets = list((stacked + shift.value).split([len(w) for w in weights]))
-        group = self._coded(members, targets, moment, code, generator)
-        return Solved(group, self._biases(model, members, weights, group, pairs), shift.step)
+        group, ways = self._coded(members, targets, moment, code, generator)
+        return Solved(group, ways, self._biases(model, members, weights, group, pairs), shift.step)
 
     def _coded(
         self,
@@ -100,57 +111,24 @@ class DriftSolver:
         moment: Tensor,
         code: str,
         generator: torch.Generator,
-    ) -> VQGroup | SegmentedGroup:
-        """The sweep's codes, or descent's where they lose less by the gradients of samples it has not seen."""
+    ) -> tuple[VQGroup | SegmentedGroup, tuple[str, ...]]:
+        """(the group, how each layer was coded: as its gate says; nothing where the recipe knows the sweep alone)."""
         options = self.job.options
         segments = parse_format(code, members[0].columns)
         if not self.recipe.descent:
             if len(segments) > 1:
-                return quantize_segments(targets, moment, segments, options, generator)
-            return quantize_group(targets, moment, segments[0].code, options, generator)
-        groups: list[VQGroup | SegmentedGroup]
+                return quantize_segments(targets, moment, segments, options, generator), ()
+            return quantize_group(targets, moment, segments[0].code, options, generator), ()
+        fit = Fit(moment, self.fitted.get(members[0].group, moment), [self._row_factor(spec) for spec in members])
+        gate = Gate([self.statistics.probes[spec.name] for spec in members])
         if len(segments) > 1:
-            coders: list[Coder] = [quantize_group, lambda *problem: self._descended(members, *problem)[1]]
-            groups = [
-                quantize_segments(targets, moment, segments, options, forked(generator), coder) for coder in coders
-            ]
-        else:
-            groups = [*self._descended(members, targets, moment, segments[0].code, options, generator)]
-        return min(groups, key=lambda group: self._held_out_loss(members, targets, group))
+            return gated_segments(targets, fit, gate, segments, options, lambda: forked(generator))
+        return gated_group(targets, fit, gate, segments[0].code, options, generator)
 
-    def _descended(
-        self,
-        members: Sequence[LayerSpec],
-        targets: list[Tensor],
-        moment: Tensor,
-        code: VQCode,
-        options: Options,
-        generator: torch.Generator,
-    ) -> tuple[VQGroup, VQGroup]:
-        """(the sweep's, descent's from there)."""
-        problem = stack_group(targets, moment, code, searches_paths=True)
-        swept = solve_problem(problem, code, options, generator)
-        damped = factor_moment(problem.moment, problem.columns, code.vector, options.damping).damped
-        refined = refine(problem, swept, code, damped, self._row_factors(members), Descent(sweeps=2), rounds=1)
-        first, second = (pack_group(problem, x.indices, x.table, x.scales, code) for x in (swept, refined))
-        return first, second
-
-    def _row_factors(self, members: Sequence[LayerSpec]) -> list[Tensor] | None:
-        rows = self.statistics.rows
-        if not any(spec.name in rows for spec in members):
-            return None
-        return [damp(rows.get(spec.name, torch.eye(spec.rows)), ROW_DAMPING) for spec in members]
-
-    def _held_out_loss(
-        self, members: Sequence[LayerSpec], targets: Sequence[Tensor], group: VQGroup | SegmentedGroup
-    ) -> float:
-        """E_b⟨G_b, E⟩² over the probes: the gate between a descent that helps and one that fits (equation 16)."""
-        layers: tuple[StoredWeights, ...] = group.layers
-        products = [
-            [probe.product(target - stored.decode().to(target)) for probe in self.statistics.probes[spec.name]]
-            for spec, target, stored in zip(members, targets, layers)
-        ]
-        return float(torch.tensor(products, dtype=torch.float64).sum(dim=0).square().mean())
+    def _row_factor(self, spec: LayerSpec) -> Tensor | None:
+        """S_o of a layer, damped, of mean diagonal 1; None where it has none."""
+        found = self.statistics.rows.get(spec.name)
+        return None if found is None else unit_mean(damp(found, ROW_DAMPING))
 
     def _expected_error(self, weight: Tensor, moment: Tensor, code: str, generator: torch.Generator) -> float:
         """tr(E H Eᵀ) that coding without a shift would leave, from a dry run in the code's stand-in."""

@@ -22,7 +22,7 @@ from toolchain.vq.weights import SegmentedGroup, SegmentedWeights, StoredWeights
 @dataclass(frozen=True)
 class LayerResult:
     """How one layer came out: tr(E H Eᵀ) / tr(W H Wᵀ) on the calibration inputs, the share of the first-order shift
-    that its gate let through, and the seconds its group took.
+    that its gate let through, the seconds its group took, and how its codes were found (`gated_descent`).
     """
 
     name: str
@@ -31,13 +31,17 @@ class LayerResult:
     relative_error: float
     seconds: float
     step: float = 0.0
+    way: str = ""
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A group as a solver leaves it: stored forms, biases that replace the layers' own, and the shift's step."""
+    """A group as a solver leaves it: stored forms, how each layer was coded where there was a choice, biases that
+    replace the layers' own, and the shift's step.
+    """
 
     group: VQGroup | SegmentedGroup
+    ways: tuple[str, ...] = ()
     biases: dict[str, Tensor] = field(default_factory=dict)
     step: float = 0.0
 
@@ -138,11 +142,12 @@ def _one_group(
 def _results(members: Sequence[LayerSpec], solved: Solved, seconds: float) -> list[LayerResult]:
     found = []
     layers: tuple[StoredWeights, ...] = solved.group.layers
-    for spec, stored, error, reference in zip(
-        members, layers, solved.group.errors, solved.group.references, strict=True
+    ways = solved.ways or ("",) * len(members)
+    for spec, stored, error, reference, way in zip(
+        members, layers, solved.group.errors, solved.group.references, ways, strict=True
     ):
         relative = error / reference if reference > 0 else 0.0
-        found.append(LayerResult(spec.name, spec.part, str(stored.code), relative, seconds, solved.step))
+        found.append(LayerResult(spec.name, spec.part, str(stored.code), relative, seconds, solved.step, way))
     return found
 
 

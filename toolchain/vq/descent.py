@@ -10,6 +10,7 @@ apart and taken together as far as the exact change of the objective allows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ def descend(
     start: Solution,
     code: VQCode,
     damped: Tensor,
-    row_factors: list[Tensor] | None = None,
+    row_factors: Sequence[Tensor | None] | None = None,
     settings: Descent | None = None,
 ) -> Solution:
     """The start's codes after sweeps of coordinate descent, with its table and scales; never worse than the start.
@@ -56,8 +57,8 @@ def descend(
         problem: W* and the layers' rows.
         start: of that problem.
         damped: float32[n, n], S: `Factors.damped` of the problem's moment.
-        row_factors: S_o float32[m_i, m_i] a layer, of mean diagonal 1, damped; None where rows are not coupled and
-            count as `problem.row_weights`.
+        row_factors: S_o float32[m_i, m_i] a layer, of mean diagonal 1, damped; None, for a layer or for all, where
+            rows are not coupled and count as `problem.row_weights`.
 
     Returns:
         Its `loss` is the problem's own, Σ r e H eᵀ; `kronecker.Objective.loss` tells what was descended on.

@@ -1,12 +1,12 @@
 """The objective with output curvature, tr(S_o E S_i Eᵀ) with E = Ŵ − W, of a group whose layers share a table.
 
-S_o is block-diagonal over the group's layers: what one layer puts out does not bend what another does. Without it the
-rows count r, the problem's row weights, each on its own.
+S_o is block-diagonal over the group's layers: what one layer puts out does not bend what another does. The rows of a
+layer without one count r, the problem's row weights, each on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,31 +49,37 @@ class Objective:
     blocks: tuple[RowBlock, ...]
 
     @classmethod
-    def of(cls, problem: Problem, damped: Tensor, row_factors: list[Tensor] | None = None) -> Objective:
+    def of(cls, problem: Problem, damped: Tensor, row_factors: Sequence[Tensor | None] | None = None) -> Objective:
         """The objective of a stacked problem.
 
         Args:
             damped: float32[n, n], `Factors.damped` of the problem's moment, zero on padding columns.
-            row_factors: S_o float32[m_i, m_i] a layer, damped; None where rows count as `problem.row_weights`.
+            row_factors: S_o float32[m_i, m_i] a layer, damped; None where rows count as `problem.row_weights`, for
+                one layer or for all.
 
         Raises:
-            ShapeError: there is not one S_o of its rows for every layer.
+            ShapeError: there is not one S_o of its rows, or None, for every layer.
         """
-        if row_factors is None:
+        if row_factors is None or all(factor is None for factor in row_factors):
             return cls(problem.weight, damped, (RowBlock(0, len(problem.weight), None, problem.row_weights),))
-        shapes = [tuple(factor.shape) for factor in row_factors]
-        if shapes != [(rows, rows) for rows in problem.rows]:
+        shapes = [None if factor is None else tuple(factor.shape) for factor in row_factors]
+        wanted = [(rows, rows) for rows in problem.rows]
+        if len(shapes) != len(wanted) or any(f not in (None, w) for f, w in zip(shapes, wanted)):
             raise ShapeError(
                 f"expected one output curvature [m, m] for each layer of {list(problem.rows)} rows, found {shapes}"
             )
         # A padding row weighs nothing at scale 0; the 1 on its diagonal keeps every division by one finite.
-        padded = [_padded(factor, held) for factor, held in zip(row_factors, problem.held, strict=True)]
-        if len(problem.weight) <= MERGED_ROWS:
-            padded = [torch.block_diag(*padded)]
+        padded = [None if f is None else _padded(f, held) for f, held in zip(row_factors, problem.held, strict=True)]
+        given = [factor for factor in padded if factor is not None]
+        if len(given) == len(padded) and len(problem.weight) <= MERGED_ROWS:
+            merged = torch.block_diag(*given)
+            return cls(problem.weight, damped, (RowBlock(0, len(merged), merged, merged.diagonal()),))
         blocks, first = [], 0
-        for factor in padded:
-            blocks.append(RowBlock(first, first + len(factor), factor, factor.diagonal()))
-            first += len(factor)
+        for factor, held in zip(padded, problem.held):
+            rows = slice(first, first + held)
+            counts = problem.row_weights[rows] if factor is None else factor.diagonal()
+            blocks.append(RowBlock(first, first + held, factor, counts))
+            first += held
         return cls(problem.weight, damped, tuple(blocks))
 
     @property

@@ -7,6 +7,7 @@ are one m × m system a layer (4.2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -111,9 +112,14 @@ def refit(problem: Problem, start: Solution, code: VQCode, objective: Objective)
 
     fitted = refit_table_cg(objective, start.indices, start.scales, start.table)
     best, _ = best_of([start, *_stored_tables(start, fitted, code, objective)], loss)
-    unit = decode_stacked(best.indices, best.table, torch.ones_like(best.scales))
-    scales = stored_scales(refit_scales_coupled(objective, unit, best.scales.float()))
-    best, _ = best_of([best, replace(best, scales=scales)], loss)
+    return refit_stored_scales(problem, best, objective)
+
+
+def refit_stored_scales(problem: Problem, start: Solution, objective: Objective) -> Solution:
+    """The start with the scales that lose least as stored, where they lose less; codes and table stay."""
+    unit = decode_stacked(start.indices, start.table, torch.ones_like(start.scales))
+    scales = stored_scales(refit_scales_coupled(objective, unit, start.scales.float()))
+    best, _ = best_of([start, replace(start, scales=scales)], lambda one: objective.loss(one.decode()))
     return replace(best, loss=weighted_loss(problem, best.decode()))
 
 
@@ -133,7 +139,7 @@ def refine(
     start: Solution,
     code: VQCode,
     damped: Tensor,
-    row_factors: list[Tensor] | None = None,
+    row_factors: Sequence[Tensor | None] | None = None,
     settings: Descent | None = None,
     rounds: int = 2,
 ) -> Solution:

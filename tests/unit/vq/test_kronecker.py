@@ -56,10 +56,27 @@ def test_layers_taken_one_by_one_come_to_the_same(monkeypatch):
     torch.testing.assert_close(together.counts, apart.counts)
 
 
+def test_a_layer_without_a_factor_counts_its_rows_apart():
+    rows = [40, 24]
+    problem, damped = problem_of(rows)
+    factor = spd(24, 1)
+    found = Objective.of(problem, damped, [None, factor])
+    assert [(block.first, block.last, block.factor is None) for block in found.blocks] == [
+        (0, problem.held[0], True),
+        (problem.held[0], sum(problem.held), False),
+    ]
+    wanted = Objective.of(problem, damped, [torch.eye(40), factor])
+    torch.testing.assert_close(found.pulled(problem.weight), wanted.pulled(problem.weight))
+    none = Objective.of(problem, damped, [None, None])
+    torch.testing.assert_close(none.pulled(problem.weight), Objective.of(problem, damped).pulled(problem.weight))
+
+
 def test_refuses_factors_that_are_not_the_layers():
     problem, damped = problem_of([40, 24])
     with pytest.raises(ShapeError, match=r"\[40, 24\] rows, found \[\(64, 64\)\]"):
         Objective.of(problem, damped, [torch.eye(64)])
+    with pytest.raises(ShapeError, match=r"found \[None, \(23, 23\)\]"):
+        Objective.of(problem, damped, [None, torch.eye(23)])
 
 
 def test_best_of_keeps_the_first_of_equals():
