@@ -8,7 +8,7 @@ u = KL / (½ Σ ⟨G, N⟩) where that is below 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,7 +87,9 @@ def kl_gradients(
     """G of Σ_t KL_t / Σ_b T_b for every named layer, and the trace of the Fisher in the same unit.
 
     Two backward passes a sample: of its summed divergence, and of −log p of answers drawn from the model, whose
-    gradients g_b have the curvature Σ_b vec g_b vec g_bᵀ / Σ_b T_b (mgvq-algorithm 2.2, equation 5).
+    gradients g_b have the curvature Σ_b vec g_b vec g_bᵀ / Σ_b T_b (mgvq-algorithm 2.2, equation 5). The sum and two
+    gradients of one sample are held of the named layers, and of no others: layers taken in several calls, with equal
+    generators, get the gradients that they get in one.
     """
     sums: dict[str, Tensor] = {}
     traces = dict.fromkeys(names, 0.0)
@@ -114,31 +116,37 @@ def kl_gradients(
     )
 
 
-def newton_shifts(
+def newton_step(
     gradients: KLGradients,
-    members: Mapping[str, list[LayerSpec]],
-    moments: Mapping[str, Tensor],
-    row_factors: Mapping[str, Tensor],
+    spec: LayerSpec,
+    moment: Tensor,
+    row_factor: Tensor | None,
     dampings: tuple[float, float],
-) -> dict[str, Tensor]:
-    """Layer → −u S_o⁻¹ G S_i⁻¹ float32[m, n], the step of η = 1, with S_o ⊗ S_i of the Fisher's trace.
+) -> Tensor:
+    """−S_o⁻¹ G S_i⁻¹ float32[m, n] of a layer, with S_o ⊗ S_i of the Fisher's trace; S_o the identity where it is None.
 
-    Layers without an S_o get the identity. The scale is equation 6's with traces in place of inner products: that of a
-    least-squares fit asks for every sample's S_o G_b S_i. On the demo at 2 bits u is 1e-6 to 1e-3, whatever the
-    damping: the model is sure of its answers, and the Fisher at its own answers says little of where it errs. Without u
-    the least step tried, 0.03, took the divergence from 0.02 nats to above 8.
+    The scale is equation 6's with traces in place of inner products: that of a least-squares fit asks for every
+    sample's S_o G_b S_i.
     """
-    shifts = {}
-    for group, layers in members.items():
-        moment = moments[group]
-        for spec in layers:
-            gradient = gradients.means[spec.name]
-            rows = row_factors.get(spec.name, torch.eye(spec.rows, device=moment.device))
-            scale = gradients.traces[spec.name] / float(rows.trace() * moment.trace())
-            if scale == 0:  # no loss reaches the layer
-                shifts[spec.name] = torch.zeros_like(gradient)
-                continue
-            shifts[spec.name] = -newton_shift(gradient, rows, scale * moment, dampings)
-    promised = -0.5 * sum(float((gradients.means[name] * shift).sum()) for name, shift in shifts.items())
-    unit = min(1.0, gradients.divergence / promised) if promised > 0 else 0.0
-    return {name: unit * shift for name, shift in shifts.items()}
+    gradient = gradients.means[spec.name]
+    rows = torch.eye(spec.rows, device=moment.device) if row_factor is None else row_factor
+    scale = gradients.traces[spec.name] / float(rows.trace() * moment.trace())
+    if scale == 0:  # no loss reaches the layer
+        return torch.zeros_like(gradient)
+    return -newton_shift(gradient, rows, scale * moment, dampings)
+
+
+def inner_product(gradient: Tensor, shift: Tensor) -> float:
+    """⟨G, N⟩ of a layer, below 0 where the shift goes down."""
+    return float((gradient * shift).sum())
+
+
+def step_unit(divergence: float, inner_products: Sequence[float]) -> float:
+    """u, by which all layers' steps are shortened: what they promise together is no more than there is.
+
+    On the demo at 2 bits u is 1e-6 to 1e-3, whatever the damping: the model is sure of its answers, and the Fisher at
+    its own answers says little of where it errs. Without u the least step tried, 0.03, took the divergence from 0.02
+    nats to above 8.
+    """
+    promised = -0.5 * sum(inner_products)
+    return min(1.0, divergence / promised) if promised > 0 else 0.0

@@ -16,7 +16,7 @@ from toolchain.kl_shifts import teacher_scores
 from toolchain.modules import vq_modules
 from toolchain.moments import Masses, collect_pairs
 from toolchain.objects import ObjectStore
-from toolchain.rounds import jacobi_round
+from toolchain.rounds import Statistics, jacobi_round
 from toolchain.statistics import collect_loss_statistics
 from toolchain.tune_settings import TuneSettings
 from toolchain.tune_state import packed, unpacked
@@ -33,8 +33,8 @@ def mend_by_rounds(
 ) -> list[dict[str, Any]]:
     """At most ROUNDS Jacobi rounds, in place; what each did. The first that helps nothing is the last.
 
-    Layers in K-segments, embeddings and what is tied to them keep their codes. Unlike the sweep a round holds the
-    second moments, output curvatures and gradients of all layers at once: one step is chosen for all of them.
+    Layers in K-segments, embeddings and what is tied to them keep their codes. What is held at a time, and what of a
+    round that was killed is kept, `rounds` says.
 
     Args:
         model: quantized from `job.model`, with the same column orders.
@@ -43,22 +43,25 @@ def mend_by_rounds(
     linears = [spec for spec in job.specs if spec.kind != "embedding" and not spec.tied_to]
     stored = {spec.group for spec in job.specs if spec.tied_to}
     linears = [spec for spec in linears if spec.group not in stored and not plan.layer(spec.name).segments]
-    scores, factors = None, None
+    statistics = Statistics(
+        lambda specs: _moments(job, model, specs, masses),
+        lambda specs: _row_factors(job, specs, watch) if coupled else {},
+    )
+    scores = None
     found: list[dict[str, Any]] = []
     for number in range(ROUNDS):
+        pieces = store.under(f"during.round.{number}")
         kept = store.get(f"round.{number}")
         if kept is None:
-            if scores is None:
-                scores = teacher_scores(job.model, job.inputs)
-                factors = _row_factors(job, linears, watch) if coupled else {}
+            scores = scores or teacher_scores(job.model, job.inputs)
             result = jacobi_round(
                 model,
                 scores,
                 job.inputs,
-                _moments(job, model, linears, masses),
-                factors or {},
-                job.specs,
+                statistics,
+                linears,
                 plan,
+                pieces,
                 seed=job.seed + number,
                 progress=lambda what, done, total: watch(f"round: {what}", done, total),
             )
@@ -67,22 +70,23 @@ def mend_by_rounds(
         else:
             _load(model, kept[0])
             found.append(kept[1])
+        pieces.clear()
         if not found[-1]["step"]:
             break
     return found
 
 
-def _moments(job: Job, model: nn.Module, linears: Sequence[LayerSpec], masses: Masses) -> dict[str, Tensor]:
+def _moments(job: Job, model: nn.Module, specs: Sequence[LayerSpec], masses: Masses) -> dict[str, Tensor]:
     """Group → S_i float32[n, n]; the halves that it was added up in go with this call."""
-    pairs = collect_pairs(model, None, job.inputs, linears, masses)
+    pairs = collect_pairs(model, None, job.inputs, specs, masses)
     return {group: pair.whole.moment / pair.whole.mass for group, pair in pairs.items()}
 
 
-def _row_factors(job: Job, linears: Sequence[LayerSpec], watch: Watch) -> dict[str, Tensor]:
+def _row_factors(job: Job, specs: Sequence[LayerSpec], watch: Watch) -> dict[str, Tensor]:
     return collect_loss_statistics(
         job.model,
         job.inputs,
-        linears,
+        specs,
         rows_up_to=ROWS_UP_TO,
         seed=job.seed,
         progress=lambda done, total: watch("output curvature", done, total),

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,15 @@ class ObjectStore:
             found = tensors, json.loads(json.dumps(value))
         return found
 
+    def under(self, prefix: str) -> Pieces:
+        """The pieces whose names begin with the prefix and a dot, to be named without them."""
+        return Pieces(self, prefix)
+
+    def clear(self, prefix: str) -> None:
+        """Remove all pieces whose names begin with the prefix and a dot, and what a kill left of them."""
+        for path in self.folder.glob(f"{prefix}.*"):
+            path.unlink()
+
     def _files(self, name: str) -> list[Path]:
         """NAME.DIGEST.safetensors, not those of names that begin with NAME and a dot."""
         exact = f"{name}.{'?' * DIGEST_LENGTH}.safetensors"
@@ -119,6 +129,48 @@ class ObjectStore:
     def discard(self) -> None:
         """Remove everything: the run is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of one part of a run, gone when that is done: those whose names begin alike in a store."""
+
+    store: ObjectStore
+    prefix: str
+
+    def get(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """As the store's."""
+        return self.store.get(f"{self.prefix}.{name}")
+
+    def wanted(self, name: str) -> tuple[dict[str, Tensor], Any]:
+        """A piece that this run has put or found.
+
+        Raises:
+            InputDataError: it is damaged, or gone since then.
+        """
+        found = self.store.get(f"{self.prefix}.{name}", refuses_damage=True)
+        if found is None:
+            raise InputDataError(
+                f"{self.store.folder}: expected piece {self.prefix}.{name}, which this run has kept there, found none; "
+                "something removed it: start the run again, and it is made again"
+            )
+        return found
+
+    def put(self, name: str, tensors: dict[str, Tensor], value: Any = None) -> None:
+        """As the store's."""
+        self.store.put(f"{self.prefix}.{name}", tensors, value)
+
+    def made(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+        """As the store's."""
+        return self.store.made(f"{self.prefix}.{name}", make)
+
+    def drop(self, name: str) -> None:
+        """As the store's."""
+        self.store.drop(f"{self.prefix}.{name}")
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        self.store.clear(self.prefix)
 
 
 def _key_of(path: Path) -> dict[str, Any]:

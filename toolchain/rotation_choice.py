@@ -17,7 +17,7 @@ from torch import Tensor
 from toolchain.dry_runs import GAUSSIAN_ERROR, STAND_INS, quick
 from toolchain.job import Job
 from toolchain.moments import Masses, collect_pairs
-from toolchain.sensitivity import stretches_of
+from toolchain.sensitivity import moment_stretches
 from toolchain.sequence import group_generator, groups_of
 from toolchain.values import LayerSpec, VQCode
 from toolchain.vq.rotation import block_of, rotate, rotate_moment
@@ -52,7 +52,7 @@ def try_rotations(
     pairs = [VQCode.parse(code) for code in codes if VQCode.parse(code).index_bits == 2]
     found: dict[str, Trial] = {}
     done = 0
-    for stretch in stretches_of(asked):
+    for stretch in moment_stretches(asked):
         moments = collect_pairs(job.model, None, job.inputs, stretch, masses)
         for group, members in groups_of(stretch).items():
             weights = [job.model.get_parameter(f"{s.name}.weight").detach().flatten(1).float() for s in members]

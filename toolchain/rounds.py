@@ -1,54 +1,50 @@
-"""Jacobi rounds over a whole quantized model: one backward pass of KL(teacher ‖ quantized) says which way every weight
-should go, and all layers choose their codes again, at once, for weights moved that way (mgvq-algorithm 2.9, last row).
+"""Jacobi rounds over a whole quantized model: one KL(teacher ‖ quantized) gradient says which way every weight should
+go, and all layers choose their codes again, at once, for weights moved that way (mgvq-algorithm 2.9, last row).
 
 The target of a layer is W† = Ŵ − η u S_o⁻¹ G S_i⁻¹ (`kl_shifts`). One η for all layers, since all of them answer the
 same error: the one whose model is nearest the teacher on pictures that the gradient has not seen, or none.
+
+A round goes three times over the groups, and keeps what it has found in pieces of the run's store:
+
+    shift.GROUP     N = S_o⁻¹ G S_i⁻¹ of its layers, S_i, S_o       stretch by stretch, gradients and moments collected
+    moved.η.GROUP   the codes it takes for that η                   group by group; its shift goes when all η are there
+    judged.η        nats of the model of that η                     η by η
+
+Resident at any time are the model with a decoded copy, the teacher's log-probabilities, the codes of two models, and
+of statistics those of one stretch: as many groups as `RoundOptions.stretch_bytes` holds, one at least, counted as
+12 m n bytes for G (its sum and two gradients of a sample), 12 n² for S_i (two halves and their sum) and 4 m² for S_o;
+while groups move, N, S_i and S_o of one group. A stretch costs two backward passes over the samples fitted to, and one
+forward pass over all: fewer where stretches are longer. On disk lie 4 m n + 4 n² + 4 m² bytes of groups yet to move,
+some 70 GB of a 7B model. A killed round goes on after the last piece, to the same bytes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
 from toolchain.held_out import every_nth_picture
-from toolchain.install import TABLES, link_shared
-from toolchain.kl_shifts import Progress, divergence_of, kl_gradients, newton_shifts
-from toolchain.modules import VQModule, chunk_windows, keep_decoded, vq_modules
-from toolchain.values import CHUNK_ROWS, BitPlan, LayerSpec
-from toolchain.vq.assign import index_dtype
-from toolchain.vq.curvature import damp
-from toolchain.vq.descent import Descent, descend
-from toolchain.vq.factor import factor_moment
-from toolchain.vq.kronecker import Objective
-from toolchain.vq.refit_cg import refit
-from toolchain.vq.solve import Solution
-from toolchain.vq.weights import Problem, VQWeights, pack_group, stack_group
+from toolchain.kl_shifts import Progress, divergence_of, inner_product, kl_gradients, newton_step, step_unit
+from toolchain.modules import keep_decoded, vq_modules
+from toolchain.objects import Pieces
+from toolchain.round_moves import RoundOptions, moved_group, store_weights, stored_weights
+from toolchain.sequence import groups_of, stretches
+from toolchain.values import BitPlan, LayerSpec
+from toolchain.vq.weights import VQWeights
 
 HELD_OUT = 4  # every so many-th picture chooses the step, and gives no gradient
-CAP_TRIES = 6  # the least gain of a change is raised so often to stay under the cap
-
-
-@dataclass(frozen=True)
-class RoundOptions:
-    """What a round may do. `dampings` are of (S_o, S_i) in the Newton step, shares of the mean diagonals."""
-
-    steps: tuple[float, ...] = (0.1, 0.2, 0.4, 1.0)
-    dampings: tuple[float, float] = (0.1, 0.1)
-    cap: float = 0.05  # of a group's codes that may change
-    moment_damping: float = 0.01  # of S_i in the objective, as in the sweep
-    refits: bool = True
-    descent: Descent = field(default_factory=lambda: Descent(sweeps=1))
 
 
 @dataclass(frozen=True)
 class RoundResult:
     """What a round did: the step taken (0: the model is as it was), nats a token on the held-out pictures by step,
-    0 among them, the share of codes that changed, and seconds by what they went to.
+    0 among them, the share of codes that changed, and seconds of the process that finished it, by what they went to.
     """
 
     step: float
@@ -61,126 +57,53 @@ class RoundResult:
         return self.step > 0
 
 
-def stored_weights(model: nn.Module, names: Sequence[str]) -> dict[str, VQWeights]:
-    """Layer → what it holds now; nothing here is changed when the model takes over other weights."""
-    found = {}
-    modules = vq_modules(model)
-    for name in names:
-        module = modules[name]
-        found[name] = VQWeights(
-            module.code, module.rows, module.columns, module.codes, module.table.clone(), module.scales
-        )
-    return found
+@dataclass(frozen=True)
+class Statistics:
+    """What a round asks of the inputs of some groups of layers, in the model as it stands.
 
-
-def store_weights(model: nn.Module, weights: Mapping[str, VQWeights], plan: BitPlan) -> None:
-    """The model takes these weights over: codes, scales, and the tables that it stores once."""
-    tables, modules = model.get_submodule(TABLES), vq_modules(model)
-    for name, stored in weights.items():
-        modules[name].set_weights(stored)
-        tables.get_buffer(plan.layer(name).table).copy_(stored.table)
-    link_shared(model, plan.layers)
-
-
-def windows_of(module: VQModule) -> Tensor:
-    """Table indices [m, n / V] of a module's codes, m rows padded to whole row groups, n to whole column groups."""
-    code = module.code
-    chunks = module.codes.view(*code.chunk_shape(module.rows, module.columns), code.chunk_bytes)
-    windows = chunk_windows(chunks, code, torch.arange(CHUNK_ROWS, device=chunks.device))
-    return windows.permute(0, 3, 1, 2).flatten(0, 2).to(index_dtype(code.entries))
-
-
-def solution_of(modules: Sequence[VQModule], problem: Problem) -> Solution:
-    """What the layers of a group hold, as a solution of their stacked problem."""
-    indices = torch.cat([windows_of(module)[:held] for module, held in zip(modules, problem.held, strict=True)])
-    scales = [nn.functional.pad(m.scales, (0, held - m.rows)) for m, held in zip(modules, problem.held, strict=True)]
-    return Solution(indices, modules[0].table.clone(), torch.cat(scales), 0.0)
-
-
-def capped_descent(
-    problem: Problem,
-    start: Solution,
-    damped: Tensor,
-    factors: list[Tensor] | None,
-    modules: Sequence[VQModule],
-    options: RoundOptions,
-) -> tuple[Solution, float]:
-    """(the start after a descent that changes at most `options.cap` of its codes, the share that changed).
-
-    The changes that gain most are the ones to keep: where too many codes change, a change must gain more, until the
-    share is under the cap. Where no gain tried comes under it, none changes.
+    moments: group → S_i float32[n, n].
+    row_factors: layer → S_o float32[m, m] of mean diagonal 1; the identity where a layer has none.
     """
-    code = modules[0].code
-    objective = Objective.of(problem, damped, factors)
-    begin, settings = objective.loss(start.decode()), options.descent
-    live = start.scales > 0
-    for _ in range(CAP_TRIES + 1):
-        found = descend(problem, start, code, damped, factors, settings)
-        changes = (found.indices != start.indices)[live]
-        share = float(changes.float().mean()) if changes.numel() else 0.0
-        if share <= options.cap:
-            return found, share
-        # Twice the mean gain of those that changed, then twice as much again.
-        unit = CHUNK_ROWS if code.window > code.shift else 1
-        mean_gain = (begin - objective.loss(found.decode())) * unit / float(changes.sum())
-        settings = replace(settings, least_gain=2 * max(settings.least_gain, mean_gain))
-    return start, 0.0
+
+    moments: Callable[[Sequence[LayerSpec]], Mapping[str, Tensor]]
+    row_factors: Callable[[Sequence[LayerSpec]], Mapping[str, Tensor]]
 
 
 @dataclass
 class _Round:
-    """What the steps of one round share."""
+    """What the parts of one round share."""
 
     model: nn.Module
     teacher: Sequence[Tensor]
     inputs: Sequence[CalibrationInput]
-    moments: Mapping[str, Tensor]
-    row_factors: Mapping[str, Tensor]
+    statistics: Statistics
     plan: BitPlan
     options: RoundOptions
+    pieces: Pieces
+    seed: int
     members: dict[str, list[LayerSpec]]
-    shifts: dict[str, Tensor] = field(default_factory=dict)
+    fit: list[int]
+    apart: list[int]
+    progress: Progress
+    clock: _Clock
 
     @property
-    def names(self) -> list[str]:
-        return [spec.name for layers in self.members.values() for spec in layers]
+    def specs(self) -> list[LayerSpec]:
+        return [spec for layers in self.members.values() for spec in layers]
 
-    def held_out(self, apart: Sequence[int]) -> float:
+    def held_out(self) -> float:
         with keep_decoded(self.model):
-            return divergence_of(self.model, self.teacher, self.inputs, apart)
-
-    def moved(self, group: str, step: float) -> tuple[dict[str, VQWeights], float]:
-        """(the layers of a group for Ŵ + step · shift, the share of its codes that changed)."""
-        layers = self.members[group]
-        modules = [vq_modules(self.model)[spec.name] for spec in layers]
-        targets = [m.dense(torch.float32) + step * self.shifts[s.name] for m, s in zip(modules, layers, strict=True)]
-        code, damping = modules[0].code, self.options.moment_damping
-        problem = stack_group(targets, self.moments[group], code, searches_paths=True)
-        damped = factor_moment(problem.moment, problem.columns, code.vector, damping).damped
-        factors = self._factors(layers)
-        start = solution_of(modules, problem)
-        found, share = capped_descent(problem, start, damped, factors, modules, self.options)
-        if self.options.refits:
-            found = refit(problem, found, code, Objective.of(problem, damped, factors))
-        packed = pack_group(problem, found.indices, found.table, found.scales, code)
-        return {spec.name: stored for spec, stored in zip(layers, packed.layers, strict=True)}, share
-
-    def _factors(self, layers: list[LayerSpec]) -> list[Tensor] | None:
-        """S_o of every layer of a group, damped; None where no layer has one."""
-        if not any(spec.name in self.row_factors for spec in layers):
-            return None
-        given = [self.row_factors.get(s.name, torch.eye(s.rows)) for s in layers]
-        return [damp(factor, self.options.dampings[0]) for factor in given]
+            return divergence_of(self.model, self.teacher, self.inputs, self.apart)
 
 
 def jacobi_round(
     model: nn.Module,
     teacher: Sequence[Tensor],
     inputs: Sequence[CalibrationInput],
-    moments: Mapping[str, Tensor],
-    row_factors: Mapping[str, Tensor],
+    statistics: Statistics,
     specs: Sequence[LayerSpec],
     plan: BitPlan,
+    pieces: Pieces,
     options: RoundOptions | None = None,
     *,
     seed: int = 0,
@@ -191,55 +114,170 @@ def jacobi_round(
     Args:
         model: quantized, with its tables installed and linked.
         teacher: `teacher_scores` of the full-precision model on the same inputs.
-        moments: group → S_i float32[n, n] of the inputs it sees in `model`; a group without one is left alone.
-        row_factors: layer → S_o float32[m, m] of mean diagonal 1; the identity where a layer has none.
+        specs: the layers that may move, whole groups of them; tied ones follow theirs.
+        pieces: of this round alone, from this model and these arguments; the caller clears them when the result is
+            kept.
         seed: draws the answers whose gradients set the length of a step; the result depends on nothing else random.
         progress: called with (what is done, how many, of how many).
 
     Raises:
         InputDataError: too few calibration pictures to hold some out.
     """
-    options = options or RoundOptions()
     fit, apart = every_nth_picture(inputs, HELD_OUT)
-    members: dict[str, list[LayerSpec]] = {}
-    for spec in specs:
-        if spec.group in moments and not spec.tied_to:
-            members.setdefault(spec.group, []).append(spec)
-    run = _Round(model, teacher, inputs, moments, row_factors, plan, options, members)
-    clock = _Clock()
-    gradients = kl_gradients(model, teacher, inputs, fit, run.names, torch.Generator().manual_seed(seed), progress)
-    clock.stop("gradients")
-    run.shifts = newton_shifts(gradients, members, moments, row_factors, options.dampings)
-    clock.stop("shifts")
-    before = stored_weights(model, run.names)
-    divergences = {0.0: run.held_out(apart)}
-    clock.stop("held out")
-    best, changed = before, 0.0
-    for done, step in enumerate(options.steps, start=1):
-        tried, share = _moved_model(run, step)
-        clock.stop("descent")
-        store_weights(model, tried, plan)
-        divergences[step] = run.held_out(apart)
-        if divergences[step] < min(value for other, value in divergences.items() if other != step):
-            best, changed = tried, share
-        store_weights(model, before, plan)
-        clock.stop("held out")
-        if progress:
-            progress("steps", done, len(options.steps))
-    store_weights(model, best, plan)
-    return RoundResult(min(divergences, key=divergences.__getitem__), divergences, changed, clock.seconds)
+    members = groups_of(spec for spec in specs if not spec.tied_to)
+    say = progress or (lambda what, done, total: None)
+    own = (plan, options or RoundOptions(), pieces, seed, members, fit, apart, say, _Clock())
+    run = _Round(model, teacher, inputs, statistics, *own)
+    unit = _shifted(run)
+    shares = _moved(run, unit)
+    return _chosen(run, shares)
 
 
-def _moved_model(run: _Round, step: float) -> tuple[dict[str, VQWeights], float]:
-    """(every layer for one step, the share of all codes that changed)."""
-    found: dict[str, VQWeights] = {}
-    changed = total = 0.0
-    for group, layers in run.members.items():
-        stored, share = run.moved(group, step)
+def _shifted(run: _Round) -> float:
+    """Every group's shift in a piece; the one u that shortens them all."""
+    done = run.pieces.get("unit")
+    if done is not None:
+        return done[1]["unit"]
+    inner: dict[str, float] = {}
+    divergence = 0.0
+    parts = list(stretches(run.specs, run.options.stretch_bytes, _held_bytes))
+    for number, stretch in enumerate(parts):
+        values = _stretch_shifts(run, stretch, number, len(parts))
+        inner |= {name: value for one in values for name, value in one["inner"].items()}
+        divergence = values[0]["divergence"]
+    unit = step_unit(divergence, [inner[spec.name] for spec in run.specs])
+    run.pieces.put("unit", {}, {"unit": unit})
+    return unit
+
+
+def _held_bytes(members: Sequence[LayerSpec]) -> int:
+    """Of a group's statistics while they are collected."""
+    rows, columns = [spec.rows for spec in members], members[0].columns
+    return 12 * sum(rows) * columns + 12 * columns**2 + 4 * sum(m**2 for m in rows)
+
+
+def _stretch_shifts(run: _Round, stretch: Sequence[LayerSpec], number: int, count: int) -> list[dict[str, Any]]:
+    """The values of the stretch's pieces, which are made where one is missing: ⟨G, N⟩ a layer, and the divergence."""
+    groups = groups_of(stretch)
+    kept = [value for group in groups for value in _kept_value(run, f"shift.{group}")]
+    if len(kept) == len(groups):
+        return kept
+    first, total = number * len(run.fit), count * len(run.fit)
+    gradients = kl_gradients(
+        run.model,
+        run.teacher,
+        run.inputs,
+        run.fit,
+        [spec.name for spec in stretch],
+        torch.Generator().manual_seed(run.seed),
+        lambda what, done, _: run.progress(what, first + done, total),
+    )
+    run.clock.stop("gradients")
+    moments, rows = run.statistics.moments(stretch), run.statistics.row_factors(stretch)
+    run.clock.stop("statistics")
+    values = []
+    for group, layers in groups.items():
+        tensors, inner = {"moment": moments[group]}, {}
+        for spec in layers:
+            factor = rows.get(spec.name)
+            shift = newton_step(gradients, spec, moments[group], factor, run.options.dampings)
+            inner[spec.name] = inner_product(gradients.means.pop(spec.name), shift)
+            tensors |= {f"shift.{spec.name}": shift} | ({} if factor is None else {f"rows.{spec.name}": factor})
+        values.append({"inner": inner, "divergence": gradients.divergence})
+        run.pieces.put(f"shift.{group}", tensors, values[-1])
+    run.clock.stop("shifts")
+    return values
+
+
+def _kept_value(run: _Round, name: str) -> list[Any]:
+    """The value of a piece that is there, alone; its tensors are not held."""
+    found = run.pieces.get(name)
+    return [] if found is None else [found[1]]
+
+
+def _moved(run: _Round, unit: float) -> list[float]:
+    """Every group's codes for every step in pieces; step by step the share of all codes that changed."""
+    changed, total = [0.0] * len(run.options.steps), 0.0
+    for done, (group, layers) in enumerate(run.members.items(), start=1):
         weights = sum(spec.rows * spec.columns for spec in layers)
-        changed, total = changed + share * weights, total + weights
-        found |= stored
-    return found, changed / total if total else 0.0
+        total += weights
+        for number, share in enumerate(_group_shares(run, unit, group)):
+            changed[number] += share * weights
+        run.progress("groups", done, len(run.members))
+    run.clock.stop("descent")
+    return [share / total if total else 0.0 for share in changed]
+
+
+def _group_shares(run: _Round, unit: float, group: str) -> list[float]:
+    """The share of a group's codes that changes, step by step; its codes are kept."""
+    kept = {number: _kept_value(run, f"moved.{number}.{group}") for number in range(len(run.options.steps))}
+    if not all(kept.values()):
+        shift = run.pieces.get(f"shift.{group}")
+        if shift is None:  # it was damaged, or a kill came after it was dropped and a step is damaged
+            _stretch_shifts(run, run.members[group], 0, 1)
+            shift = run.pieces.wanted(f"shift.{group}")
+        for number, value in kept.items():
+            kept[number] = value or [{"share": _moved_step(run, unit, group, shift[0], number)}]
+    run.pieces.drop(f"shift.{group}")
+    return [value["share"] for [value] in kept.values()]
+
+
+def _moved_step(run: _Round, unit: float, group: str, tensors: Mapping[str, Tensor], number: int) -> float:
+    """The share of a group's codes that changes for one step; its codes are kept."""
+    layers, step = run.members[group], run.options.steps[number]
+    modules = [vq_modules(run.model)[spec.name] for spec in layers]
+    device = modules[0].scales.device
+    own = {name: tensor.to(device) for name, tensor in tensors.items()}
+    targets = [
+        module.dense(torch.float32) + step * (unit * own[f"shift.{spec.name}"])
+        for module, spec in zip(modules, layers, strict=True)
+    ]
+    factors = [own.get(f"rows.{spec.name}") for spec in layers]
+    stored, share = moved_group(modules, targets, own["moment"], factors, run.options)
+    run.pieces.put(f"moved.{number}.{group}", dict(_named(layers, stored)), {"share": share})
+    return share
+
+
+def _named(layers: Sequence[LayerSpec], stored: Sequence[VQWeights]) -> Iterator[tuple[str, Tensor]]:
+    yield "table", stored[0].table
+    for spec, weights in zip(layers, stored, strict=True):
+        yield f"{spec.name}.codes", weights.codes
+        yield f"{spec.name}.scales", weights.scales
+
+
+def _stored_step(run: _Round, number: int) -> dict[str, VQWeights]:
+    """Every layer as it was kept for a step."""
+    found = {}
+    modules = vq_modules(run.model)
+    for group, layers in run.members.items():
+        kept, _ = run.pieces.wanted(f"moved.{number}.{group}")
+        for spec in layers:
+            m, device = modules[spec.name], modules[spec.name].scales.device
+            names = (f"{spec.name}.codes", "table", f"{spec.name}.scales")
+            found[spec.name] = VQWeights(m.code, m.rows, m.columns, *(kept[name].to(device) for name in names))
+    return found
+
+
+def _chosen(run: _Round, shares: Sequence[float]) -> RoundResult:
+    """The model takes over the best step's codes, or keeps its own."""
+    names = [spec.name for spec in run.specs]
+    before = stored_weights(run.model, names)
+    divergences = {0.0: run.pieces.made("judged.start", lambda: ({}, run.held_out()))[1]}
+    best: int | None = None
+    for number, step in enumerate(run.options.steps):
+
+        def judge(number: int = number) -> tuple[dict[str, Tensor], float]:
+            store_weights(run.model, _stored_step(run, number), run.plan)
+            return {}, run.held_out()
+
+        divergences[step] = run.pieces.made(f"judged.{number}", judge)[1]
+        if divergences[step] < min(value for other, value in divergences.items() if other != step):
+            best = number
+        run.progress("steps", number + 1, len(run.options.steps))
+    store_weights(run.model, before if best is None else _stored_step(run, best), run.plan)
+    changed = 0.0 if best is None else shares[best]
+    run.clock.stop("held out")
+    return RoundResult(min(divergences, key=divergences.__getitem__), divergences, changed, run.clock.seconds)
 
 
 class _Clock:

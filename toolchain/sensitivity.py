@@ -14,7 +14,7 @@ from toolchain.calibration import CalibrationInput
 from toolchain.dry_runs import GAUSSIAN_ERROR, STAND_INS, quick
 from toolchain.kl import token_divergences
 from toolchain.moments import Masses, collect_pairs
-from toolchain.sequence import group_generator, groups_of
+from toolchain.sequence import group_generator, groups_of, stretches
 from toolchain.statistics import (
     IMAGE,
     MODALITIES,
@@ -138,7 +138,7 @@ def measure_sensitivity(
     with torch.inference_mode():
         expected = [answer_scores(model, one) for one in own]
     done = 0
-    for stretch in stretches_of(specs):
+    for stretch in moment_stretches(specs):
         moments = _moments(model, inputs, stretch, masses)
         probes = collect_loss_statistics(model, own, stretch, held_out=range(len(own)), draws=draws, seed=seed).probes
         for group, members in groups_of(stretch).items():
@@ -197,18 +197,9 @@ def _belongs(spec: LayerSpec, tokens: int, one: CalibrationInput, kind: str) -> 
     return marks if kind == IMAGE else ~marks
 
 
-def stretches_of(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
-    """Whole groups, in order, while their second moments fit."""
-    stretch: list[LayerSpec] = []
-    size = 0
-    for members in groups_of(specs).values():
-        own = 4 * members[0].columns ** 2
-        if stretch and size + own > STATISTICS_BYTES:
-            yield stretch
-            stretch, size = [], 0
-        stretch, size = [*stretch, *members], size + own
-    if stretch:
-        yield stretch
+def moment_stretches(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
+    """Whole groups, in order, while their second moments fit STATISTICS_BYTES."""
+    return stretches(specs, STATISTICS_BYTES, lambda members: 4 * members[0].columns ** 2)
 
 
 def _dry_runs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -96,6 +96,22 @@ def groups_of(specs: Iterable[LayerSpec]) -> dict[str, list[LayerSpec]]:
     for spec in specs:
         groups.setdefault(spec.group, []).append(spec)
     return groups
+
+
+def stretches(
+    specs: Iterable[LayerSpec], most_bytes: int, bytes_of: Callable[[Sequence[LayerSpec]], int]
+) -> Iterator[list[LayerSpec]]:
+    """Whole groups, in order, as many at a time as their bytes together fit, one at least."""
+    stretch: list[LayerSpec] = []
+    size = 0
+    for members in groups_of(specs).values():
+        own = bytes_of(members)
+        if stretch and size + own > most_bytes:
+            yield stretch
+            stretch, size = [], 0
+        stretch, size = [*stretch, *members], size + own
+    if stretch:
+        yield stretch
 
 
 def object_name(group: str) -> str:

@@ -12,8 +12,10 @@ from toolchain.kl_shifts import (
     KLGradients,
     decoded_leaves,
     divergence_of,
+    inner_product,
     kl_gradients,
-    newton_shifts,
+    newton_step,
+    step_unit,
     teacher_scores,
 )
 from toolchain.models.family import family_for, read_config
@@ -72,6 +74,25 @@ def test_a_model_that_is_its_teacher_has_no_gradient(tried):
     assert abs(found.divergence) < 1e-6
     sizes = [(float(found.means[n].norm()), float(tried.gradients.means[n].norm())) for n in tried.names[:4]]
     assert all(own_size < 1e-3 * size for own_size, size in sizes)
+
+
+def newton_shifts(gradients, members, moments, factors, dampings):
+    """Layer → its step, shortened with all the others."""
+    steps = {
+        spec.name: newton_step(gradients, spec, moments[group], factors.get(spec.name), dampings)
+        for group, layers in members.items()
+        for spec in layers
+    }
+    unit = step_unit(gradients.divergence, [inner_product(gradients.means[n], step) for n, step in steps.items()])
+    return {name: unit * step for name, step in steps.items()}
+
+
+def test_layers_taken_apart_get_the_gradients_they_get_together(tried):
+    for names in (tried.names[:3], tried.names[3:9], tried.names[9:]):
+        found = kl_gradients(tried.model, tried.scores, tried.inputs, range(6), names, torch.Generator().manual_seed(0))
+        assert found.divergence == tried.gradients.divergence
+        assert found.traces == {name: tried.gradients.traces[name] for name in names}
+        assert all(torch.equal(found.means[name], tried.gradients.means[name]) for name in names)
 
 
 @pytest.mark.parametrize("is_coupled", [True, False])

@@ -124,3 +124,20 @@ def test_a_damaged_key_is_refused(tmp_path, content):
     (tmp_path / "s" / "key.json").write_text(content)
     with pytest.raises(InputDataError, match=r"key\.json: expected a JSON object"):
         ObjectStore.open(tmp_path / "s", KEY)
+
+
+def test_pieces_of_one_part_are_named_and_cleared_together(tmp_path):
+    store = ObjectStore.open(tmp_path / "s", KEY)
+    part, other = store.under("during.round.0"), store.under("during.round.01")
+    part.put("shift.layers.1", TENSORS, 1)
+    other.put("shift", TENSORS, 2)
+    store.put("round.0", TENSORS, 3)
+    assert part.get("shift.layers.1")[1] == part.wanted("shift.layers.1")[1] == 1
+    assert part.get("shift") is None
+    (tmp_path / "s" / "during.round.0.moved.0123.tmp").write_bytes(b"cut")
+    part.clear()
+    assert part.get("shift.layers.1") is None
+    assert (other.get("shift")[1], store.get("round.0")[1]) == (2, 3)
+    assert not list((tmp_path / "s").glob("*.tmp"))
+    with pytest.raises(InputDataError, match=r"expected piece during\.round\.0\.shift\.layers\.1.*found none"):
+        part.wanted("shift.layers.1")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,18 +11,15 @@ from quantized_tiny import groups_of, quantized_tiny
 from toolchain.calibration import calibration_inputs, collect_moments, read_manifest
 from toolchain.checkpoint import load_model
 from toolchain.held_out import every_nth_picture
-from toolchain.kl_shifts import divergence_of, teacher_scores
+from toolchain.kl_shifts import divergence_of, kl_gradients, newton_step, teacher_scores
 from toolchain.models.family import family_for, read_config
 from toolchain.modules import keep_decoded, vq_modules
-from toolchain.rounds import (
-    HELD_OUT,
-    RoundOptions,
-    jacobi_round,
-    solution_of,
-    store_weights,
-    stored_weights,
-    windows_of,
-)
+from toolchain.moments import collect_pairs, survey_inputs
+from toolchain.objects import ObjectStore
+from toolchain.round_moves import RoundOptions, moved_group, solution_of, store_weights, stored_weights, windows_of
+from toolchain.rounds import HELD_OUT, Statistics, jacobi_round
+from toolchain.sequence import groups_of as grouped
+from toolchain.statistics import collect_loss_statistics
 from toolchain.vq.weights import stack_group
 
 
@@ -54,9 +53,15 @@ def setting(prepared):
     store_weights(prepared.model, before, prepared.plan)
 
 
-def turn(setting, options=None, row_factors=None):
-    s = setting
-    return jacobi_round(s.model, s.scores, s.inputs, s.moments, row_factors or {}, s.specs, s.plan, options, seed=0)
+@pytest.fixture
+def pieces(tmp_path):
+    return ObjectStore(tmp_path / "run", {}).under("during.round.0")
+
+
+def turn(setting, pieces, options=None, row_factors=None, specs=None):
+    s, factors = setting, row_factors or {}
+    known = Statistics(lambda specs: s.moments, lambda specs: factors)
+    return jacobi_round(s.model, s.scores, s.inputs, known, specs or s.specs, s.plan, pieces, options, seed=0)
 
 
 def held_out(setting):
@@ -87,52 +92,145 @@ def test_a_group_as_a_solution_decodes_to_its_modules(setting):
         )
 
 
-def test_a_round_leaves_the_model_no_further_from_its_teacher(setting):
+def test_a_round_leaves_the_model_no_further_from_its_teacher(setting, pieces):
     before = held_out(setting)
     kept = setting.model.state_dict().keys()
-    result = turn(setting, RoundOptions(steps=(0.2, 1.0)))
+    result = turn(setting, pieces, RoundOptions(steps=(0.2, 1.0)))
     assert result.divergences[0.0] == pytest.approx(before, rel=1e-6)
     assert held_out(setting) == pytest.approx(min(result.divergences.values()), rel=1e-6)
     assert result.step == min(result.divergences, key=result.divergences.get)
     assert result.is_better == (result.step > 0)
     assert setting.model.state_dict().keys() == kept
-    assert set(result.seconds) == {"gradients", "shifts", "descent", "held out"}
+    assert set(result.seconds) == {"gradients", "statistics", "shifts", "descent", "held out"}
 
 
-def test_codes_change_no_more_than_the_cap_allows(setting):
+def test_codes_change_no_more_than_the_cap_allows(setting, pieces):
     before = {name: windows_of(module) for name, module in vq_modules(setting.model).items()}
-    result = turn(setting, RoundOptions(steps=(1.0,), cap=0.02))
+    result = turn(setting, pieces, RoundOptions(steps=(1.0,), cap=0.02))
     changed = [windows_of(module) != before[name] for name, module in vq_modules(setting.model).items()]
     assert result.changed <= 0.02
     assert sum(int(c.sum()) for c in changed) <= 0.02 * sum(c.numel() for c in changed)
 
 
-def test_a_step_that_is_no_better_leaves_every_byte(setting):
+def test_a_step_that_is_no_better_leaves_every_byte(setting, pieces):
     before = stored_bytes(setting)
-    result = turn(setting, RoundOptions(steps=(1e6,), cap=1.0))
+    result = turn(setting, pieces, RoundOptions(steps=(1e6,), cap=1.0))
     assert result.divergences[1e6] > result.divergences[0.0]
     assert (result.step, result.changed, result.is_better) == (0.0, 0.0, False)
     assert stored_bytes(setting) == before
 
 
-def test_twice_the_same_bytes(tiny_qwen2_vl, tiny_manifest):
+def test_twice_the_same_bytes(tiny_qwen2_vl, tiny_manifest, tmp_path):
     found = []
-    for _ in range(2):
+    for number in range(2):
         own = prepare(tiny_qwen2_vl, tiny_manifest, "4,8,8")
         factors = {name: torch.eye(module.rows) + 0.2 for name, module in vq_modules(own.model).items()}
-        turn(own, RoundOptions(steps=(0.4,)), factors)
+        pieces = ObjectStore(tmp_path / str(number), {}).under("round")
+        turn(own, pieces, RoundOptions(steps=(0.4,)), factors)
         found.append(stored_bytes(own))
     assert found[0] == found[1]
 
 
-def test_a_group_without_a_moment_is_left_alone(setting):
+def test_a_group_that_is_not_asked_is_left_alone(setting, pieces):
     left = setting.specs[-1].group
     mine = [s.name for s in setting.specs if s.group == left and not s.tied_to]
     before = {name: weights.codes.clone() for name, weights in stored_weights(setting.model, mine).items()}
-    others = {group: moment for group, moment in setting.moments.items() if group != left}
-    turn(SimpleNamespace(**{**vars(setting), "moments": others}), RoundOptions(steps=(0.2,)))
+    others = [spec for spec in setting.specs if spec.group != left]
+    turn(setting, pieces, RoundOptions(steps=(0.2,)), specs=others)
     for name, weights in stored_weights(setting.model, mine).items():
         assert torch.equal(weights.codes, before[name])
+
+
+def measured(setting, teacher):
+    """Statistics collected when they are asked for, as a run collects them."""
+    own, linears = setting, [spec for spec in setting.specs if spec.kind != "embedding" and not spec.tied_to]
+    linears = [spec for spec in linears if spec.group != own.specs[0].group]
+    masses = survey_inputs(teacher, own.inputs, linears).masses
+
+    def moments(specs):
+        pairs = collect_pairs(own.model, None, own.inputs, specs, masses)
+        return {group: pair.whole.moment for group, pair in pairs.items()}
+
+    def factors(specs):
+        return collect_loss_statistics(teacher, own.inputs, specs, rows_up_to=128, seed=3).rows
+
+    return Statistics(moments, factors), linears
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_qwen2_vl):
+    return load_model(tiny_qwen2_vl).requires_grad_(False)
+
+
+@pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
+def test_stretches_change_no_bit(prepared, teacher, tmp_path):
+    """All groups at once, several, and one at a time: the same codes, tables, scales and divergences."""
+    found = []
+    before = stored_weights(prepared.model, prepared.names)
+    for size in (1 << 40, 1 << 20, 1):
+        statistics, linears = measured(prepared, teacher)
+        pieces = ObjectStore(tmp_path / str(size), {}).under("round")
+        options = RoundOptions(steps=(0.4,), stretch_bytes=size)
+        own = prepared
+        result = jacobi_round(own.model, own.scores, own.inputs, statistics, linears, own.plan, pieces, options, seed=0)
+        found.append((stored_bytes(own), result.divergences, result.step, result.changed))
+        store_weights(own.model, before, own.plan)
+    assert found[0] == found[1] == found[2]
+    assert found[0][2] > 0, "no step was taken: the test says little"
+
+
+@pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
+def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monkeypatch):
+    """No gradient, moment, curvature or shift of one group lives when the next one's are collected or it moves."""
+    own, before = prepared, stored_weights(prepared.model, prepared.names)
+    plain, linears = measured(own, teacher)
+    seen, alive, moving = [], [], []
+
+    def watched(found):
+        seen.extend(weakref.ref(tensor) for tensor in found)
+        return found
+
+    def left():
+        if any(one() is not None for one in seen):
+            gc.collect()
+        return sum(one() is not None for one in seen)
+
+    def moments(specs):
+        alive.append((len({spec.group for spec in specs}), left() - len(specs)))  # this stretch's own G a layer
+        found = plain.moments(specs)
+        watched(found.values())
+        return found
+
+    def factors(specs):
+        found = plain.row_factors(specs)
+        watched(found.values())
+        return found
+
+    def gradients(*arguments):
+        alive.append((1, left()))
+        found = kl_gradients(*arguments)
+        watched(found.means.values())
+        return found
+
+    def step(*arguments):
+        return watched([newton_step(*arguments)])[0]
+
+    def moved(modules, targets, moment, row_factors, options):
+        moving.append(left())
+        return moved_group(modules, targets, moment, row_factors, options)
+
+    for name, function in (("kl_gradients", gradients), ("newton_step", step), ("moved_group", moved)):
+        monkeypatch.setattr(f"toolchain.rounds.{name}", function)
+    pieces = ObjectStore(tmp_path / "run", {}).under("round")
+    options = RoundOptions(steps=(0.4,), stretch_bytes=1)
+    statistics = Statistics(moments, factors)
+    jacobi_round(own.model, own.scores, own.inputs, statistics, linears, own.plan, pieces, options, seed=0)
+    store_weights(own.model, before, own.plan)
+    groups = len(grouped(linears))
+    assert alive == [(1, 0)] * (2 * groups), "one group a stretch, and nothing of the one before"
+    assert moving == [0] * groups, "what moves comes from its piece"
+    assert len(seen) >= 3 * groups
+    assert not list((tmp_path / "run").glob("round.shift.*")), "shifts go as their groups have moved"
 
 
 def test_what_is_stored_is_what_the_model_computes_with(setting):

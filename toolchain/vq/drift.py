@@ -47,10 +47,12 @@ class Pair:
     def added(self, other: Pair | None) -> Pair:
         if other is None:
             return self
+        moment = self.moment + other.moment
+        is_shared = self.cross is self.moment and other.cross is other.moment  # x_f is x_q: held once
         return Pair(
             self.mass + other.mass,
-            self.moment + other.moment,
-            self.cross + other.cross,
+            moment,
+            moment if is_shared else self.cross + other.cross,
             self.mean + other.mean,
             self.full_mean + other.full_mean,
         )
