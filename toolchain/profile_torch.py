@@ -54,9 +54,6 @@ class TorchBackend:
         threads = {} if self._device.type == "cuda" else {"threads": torch.get_num_threads()}
         return {"torch": torch.__version__, "device": where, "dtype": str(self._dtype).removeprefix("torch.")} | threads
 
-    def origins(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
     def open(self, capacity: int, layers: bool) -> TorchRecording:
         watched = _Watched(self._model, self._device) if layers else None
         return TorchRecording(torch_graphs(self._family, self._model), self.host, capacity, watched)

@@ -71,9 +71,6 @@ class ProfileBackend(Protocol):
     def open(self, capacity: int, layers: bool) -> Recording:
         """A fresh recording with room for `capacity` tokens; `layers` asks for times of single layers."""
 
-    def origins(self) -> dict[str, tuple[str, ...]]:
-        """Layer name → names of the nodes it stands for, where names alone do not say so."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -187,7 +184,7 @@ def measure(
     )
     if again != answer[: len(again)]:
         raise RuntimeError(f"recording layers changed the answer from token ids {answer[: len(again)]} to {again}")
-    tallies = _tallies(backend, recorded, layer_runs)
+    tallies = tallies_of(recorded, layer_runs)
     by_phase = {phase: [run for run in runs if run.phase == phase] for phase in (*PHASES, "first_token")}
     means = {phase: float(np.mean([run.ms for run in found])) for phase, found in by_phase.items() if found}
     return Measured(
@@ -203,16 +200,16 @@ def measure(
     )
 
 
-def _tallies(backend: ProfileBackend, recorded: Recording, runs: Sequence[PhaseRun]) -> dict[str, Tally]:
-    """Rows of every phase that was recorded."""
-    layers, origins = recorded.layers(), backend.origins()
+def tallies_of(recorded: Recording, runs: Sequence[PhaseRun]) -> dict[str, Tally]:
+    """Rows of every phase that was recorded; the recording is over then."""
+    layers = recorded.layers()
 
     def parts(run: PhaseRun) -> tuple[float, float, list[LayerTime]]:
         inside = sum(recorded.calls[i].ms for i in run.calls)
         return run.ms, inside, [layer for i in run.calls for layer in layers[i]]
 
     by_phase = {phase: [parts(run) for run in runs if run.phase == phase] for phase in PHASES if phase != "prepare"}
-    return {phase: tally(found, origins) for phase, found in by_phase.items() if found}
+    return {phase: tally(found) for phase, found in by_phase.items() if found}
 
 
 def _repeat(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +36,14 @@ _EMBEDDING = {"embed_tokens"}
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer of one graph call, in milliseconds."""
+    """One layer of one graph call, in milliseconds.
+
+    `nodes` are the ONNX nodes it stands for, where the backend keeps them apart; without any the name has to say.
+    """
 
     name: str
     ms: float
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,22 +74,14 @@ class Tally:
         return next(row for row in self.by_part if row.name == name)
 
 
-def tally(
-    runs: Sequence[tuple[float, float, Iterable[LayerTime]]], origins: Mapping[str, Sequence[str]] | None = None
-) -> Tally:
-    """Rows of one phase.
-
-    Args:
-        runs: of each run, its milliseconds, those of them inside graph calls, and the layers of these calls.
-        origins: layer name → names of the ONNX nodes it stands for, where the backend keeps them apart
-            (`origins_from_inspector`).
-    """
+def tally(runs: Sequence[tuple[float, float, Iterable[LayerTime]]]) -> Tally:
+    """Rows of one phase, from each run's milliseconds, those of them inside graph calls, and these calls' layers."""
     count = max(len(runs), 1)
     total, inside = sum(run[0] for run in runs) / count, sum(run[1] for run in runs) / count
     times: dict[str, list[float]] = defaultdict(list)
     for _, _, layers in runs:
         for layer in layers:
-            times[module_of(layer.name, origins)].append(layer.ms)
+            times[module_of(layer.name, layer.nodes)].append(layer.ms)
     named = {module: (sum(ms) / count, len(ms) / count) for module, ms in times.items() if module}
     nameless = times.get("", [])
     rest = inside - sum(ms for ms, _ in named.values())
@@ -96,12 +92,14 @@ def tally(
     return Tally(total, len(runs), *([*_largest_first(each), *closing] for each in (rows, blocks, parts)))
 
 
-def module_of(layer: str, origins: Mapping[str, Sequence[str]] | None = None) -> str:
-    """The module a layer belongs to: the longest path that all its node names begin with; "" where none has one."""
-    names = (origins or {}).get(layer) or [layer]
-    modules = sorted({module for name in names for module in _modules_in(name)})
+def module_of(layer: str, nodes: Collection[str] = ()) -> str:
+    """The module a layer belongs to: the longest path that its nodes' names, or its own, begin with.
+
+    "" where none has a path, or several have none in common.
+    """
+    modules = _modules_in(nodes or (layer,))
     if len(modules) <= 1:
-        return modules[0] if modules else ""
+        return next(iter(modules), "")
     paths = [module.split(".") for module in modules]
     common = []
     for pieces in zip(*paths):
@@ -111,12 +109,14 @@ def module_of(layer: str, origins: Mapping[str, Sequence[str]] | None = None) ->
     return ".".join(common)
 
 
-def _modules_in(name: str) -> list[str]:
-    """Module paths of the node names in a layer's name; words without a dot or an operator are none."""
-    found = _PATH.findall(name.replace("...", " "))
-    paths = [token.partition("/")[0] for token in found if "." in token or "/" in token or token in _HEAD]
-    dotted = [path for path in paths if "." in path or path in _HEAD]
-    return dotted or paths
+def _modules_in(names: Iterable[str]) -> set[str]:
+    """Module paths of the node names in these names; words without a dot or an operator are none.
+
+    The graph around the modules is left out where a module is named beside it.
+    """
+    found = [token for name in names for token in _PATH.findall(name.replace("...", " "))]
+    paths = {token.partition("/")[0] for token in found if "." in token or "/" in token or token in _HEAD}
+    return {path for path in paths if "." in path or path in _HEAD} or paths
 
 
 def part_of(module: str) -> str:

@@ -62,9 +62,6 @@ class OrtBackend:
             "threads": f"onnxruntime's default on {os.cpu_count()} processors",
         }
 
-    def origins(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
     def open(self, capacity: int, layers: bool) -> OrtRecording:
         """A recording over fresh sessions.
 

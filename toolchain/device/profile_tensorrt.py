@@ -7,6 +7,8 @@ notion of which execution that was, so the runtime says when a call begins (`Lay
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +18,13 @@ from toolchain.device.backends import load_backend
 from toolchain.device.cuda import Cuda
 from toolchain.device.families.base import Host
 from toolchain.device.generate import Runner
-from toolchain.device.loaded_engines import load_engines
+from toolchain.device.loaded_engines import LoadedEngine, load_engines
 from toolchain.device.profile import GraphCall
 from toolchain.device.profile_layers import LayerTime, origins_from_inspector
 from toolchain.device.runtime import SIDECAR, EngineRunner
 from toolchain.errors import EnvironmentMismatch
+
+Origins = Mapping[str, Mapping[str, tuple[str, ...]]]  # engine → layer → ONNX nodes: engines generate equal names
 
 
 class LayerCollector:
@@ -106,17 +110,12 @@ class EngineBackend:
         self.name = backend
         self._trt = load_backend(backend)
         self._bundle, self._engines, self._host = bundle, engines, host
-        self._origins: dict[str, tuple[str, ...]] = {}
 
     def describe(self) -> dict[str, Any]:
         return {self.name: self._trt.__version__, "engines": self._engines.name}
 
-    def origins(self) -> dict[str, tuple[str, ...]]:
-        """Of all engines, once a recording with layers was opened; empty for engines built without layer details."""
-        return self._origins
-
     def open(self, capacity: int, layers: bool) -> EngineRecording:
-        """A recording over freshly loaded engines.
+        """A recording over freshly loaded engines; nothing stays on the device where it cannot be had.
 
         Raises:
             EnvironmentMismatch, InputDataError, BudgetError: as `open_runner` of the runtime.
@@ -127,21 +126,25 @@ class EngineBackend:
         settings, watch = self._host.settings["decoder"], collector if layers else None
         try:
             runner = EngineRunner(loaded, cuda, settings, self._host.axes, capacity, weights, watch)
+            if not layers:
+                return EngineRecording(runner, collector, cuda, None)
+            profiler = profiler_for(self._trt, collector)
+            for context in runner.contexts.values():
+                context.native.profiler = profiler
+            origins = {name: _origins(engine) for name, engine in loaded.items()}
         except BaseException:
-            cuda.release()
+            with suppress(EnvironmentMismatch):  # of a device that is broken: the first error is the reason
+                cuda.release()
             raise
-        profiler = self._attach(runner, collector) if layers else None
-        return EngineRecording(runner, collector, cuda, profiler)
+        return EngineRecording(runner, collector, cuda, profiler, origins)
 
-    def _attach(self, runner: EngineRunner, collector: LayerCollector) -> Any:
-        profiler = profiler_for(self._trt, collector)
-        for context in runner.contexts.values():
-            context.native.profiler = profiler
-            try:
-                self._origins |= origins_from_inspector(context.engine.layer_information())
-            except ValueError:
-                continue  # layer names alone; they may say where they are from themselves
-        return profiler
+
+def _origins(engine: LoadedEngine) -> dict[str, tuple[str, ...]]:
+    """Layer → nodes of one engine; none for engines built without layer details, whose names may say it themselves."""
+    try:
+        return origins_from_inspector(engine.layer_information())
+    except ValueError:
+        return {}
 
 
 class OwnedCuda(Cuda):
@@ -165,18 +168,27 @@ class OwnedCuda(Cuda):
 class EngineRecording:
     """A runner over engines. Without layers nothing is watched, and decode runs as CUDA graphs, as it does in use."""
 
-    def __init__(self, runner: Runner, collector: LayerCollector, cuda: OwnedCuda, profiler: Any) -> None:
+    def __init__(
+        self, runner: Runner, collector: LayerCollector, cuda: OwnedCuda, profiler: Any, origins: Origins | None = None
+    ) -> None:
+        """`origins` give layers their nodes; `profiler` is only kept, because TensorRT holds no reference to it."""
         self.runner = runner
-        self._collector, self._cuda, self._profiler = collector, cuda, profiler
+        self._collector, self._cuda, self._profiler, self._origins = collector, cuda, profiler, origins or {}
 
     @property
     def calls(self) -> list[GraphCall]:
         return self._collector.calls
 
     def layers(self) -> list[list[LayerTime]]:
-        """As `Recording.layers`; the device's memory is given back."""
-        found = self._collector.layers()
-        del self.runner
-        gc.collect()  # engines and contexts go before the memory they point to
-        self._cuda.release()
-        return found
+        """As `Recording.layers`; the device's memory is given back, also where layers are refused."""
+        try:
+            found = self._collector.layers()
+        finally:
+            del self.runner
+            gc.collect()  # engines and contexts go before the memory they point to
+            self._cuda.release()
+        of_graph = [self._origins.get(call.graph, {}) for call in self.calls]
+        return [
+            [LayerTime(layer.name, layer.ms, origins.get(layer.name, ())) for layer in layers]
+            for origins, layers in zip(of_graph, found)
+        ]

@@ -36,6 +36,8 @@ LAYER = "model.language_model.layers.3"
         (f"{{ForeignNode[{LAYER}.self_attn/Add_0...{LAYER}.self_attn/Mul_9]}}", f"{LAYER}.self_attn"),
         (f"Reformatting CopyNode for Input Tensor 0 to {LAYER}.mlp.down_proj", f"{LAYER}.mlp.down_proj"),
         (f"decoder/Cast_1 + {LAYER}.mlp/Mul_0", f"{LAYER}.mlp"),
+        ("decoder/Cast_1 + decoder/Shape_0", "decoder"),
+        (f"{LAYER}.mlp/Mul_0 + lm_head", ""),
         ("__myl_MulAddSum_myl0_12", ""),
         ("Transpose_token_57", ""),
         ("Reformatting CopyNode for Output Tensor 0", ""),
@@ -57,8 +59,9 @@ def test_origins_name_what_a_layers_own_name_does_not():
     }  # fmt: skip
     origins = origins_from_inspector(json.dumps(information))
     assert origins == {"__myl_Fc_myl0_3": (f"{LAYER}.mlp/Mul_0", f"{LAYER}.mlp/Add_0")}
-    assert module_of("__myl_Fc_myl0_3", origins) == f"{LAYER}.mlp"
-    assert module_of("copy", origins) == ""
+    assert module_of("__myl_Fc_myl0_3", origins["__myl_Fc_myl0_3"]) == f"{LAYER}.mlp"
+    assert module_of("copy") == ""
+    assert module_of("__myl_Fc_myl0_4", ("decoder/Cast_1", f"{LAYER}.mlp/Mul_0")) == f"{LAYER}.mlp"
 
 
 def test_an_engine_without_layer_details_has_no_origins():

@@ -69,9 +69,6 @@ class StubBackend:
     def describe(self):
         return {"stub": "1.0"}
 
-    def origins(self):
-        return {"fused": ("model.layers.0.mlp/Mul_0",)}
-
     def open(self, capacity, layers):
         self.opened.append((capacity, layers))
         return StubRecording(self, layers)
@@ -85,12 +82,12 @@ class StubRecording:
         self.runner = self
         self.length, self.capacity = 0, 100
 
-    def _call(self, graph: str, ms: float, layer: str) -> None:
+    def _call(self, graph: str, ms: float, layer: str, *nodes: str) -> None:
         ms *= 2 if self._recorded else 1
         self._backend.clock.pass_ms(ms)
         if self._backend.watches or self._recorded:
             self.calls.append(GraphCall(graph, ms))
-            self._layers.append([LayerTime(layer, ms / 4)] if self._recorded else [])
+            self._layers.append([LayerTime(layer, ms / 4, nodes)] if self._recorded else [])
 
     def truncate(self, length):
         self.length = min(self.length, length)
@@ -103,7 +100,7 @@ class StubRecording:
         assert features.shape[1] == 4
         self.length += len(ids)
         self._call("embed", 0.5, "model.embed_tokens")
-        self._call("decoder", 2 * len(ids), "fused")
+        self._call("decoder", 2 * len(ids), "fused", "model.layers.0.mlp/Mul_0")
         self._backend.clock.pass_ms(1)
         logits = np.zeros(VOCABULARY, np.float32)
         logits[self._backend.answers(self._recorded)] = 1
@@ -135,7 +132,7 @@ def test_layers_are_recorded_apart_and_sum_to_their_own_pass(clock):
     assert backend.opened == [(9, False), (9, True)]
     decode = found.tallies["decode"]
     assert decode.total_ms == pytest.approx(2 * 2.5 + 1)
-    assert decode.part("mlp").ms == pytest.approx(1.0)  # through its origin
+    assert decode.part("mlp").ms == pytest.approx(1.0)  # through the node it stands for
     assert decode.part("embedding").ms == pytest.approx(0.25)
     assert decode.part("unattributed").ms == pytest.approx(5 - 1.25)
     assert decode.part("host").ms == pytest.approx(1.0)
