@@ -7,7 +7,8 @@ Layer names carry module paths, because exported nodes are named after the modul
     decoder/Shape_0                                                   an operator of the graph around the modules
     PWN(a.b/Mul_0, a.b/Add_1)   a.b/Mul_0 + a.c/Add_0   {ForeignNode[a.b/Mul_0...a.c/Add_0]}      TensorRT's fusions
 
-A name without any path is not guessed at: its time stays in the row "unattributed".
+A name without any path is not guessed at: its time stays in the row "unattributed". So does that of a fusion across
+modules that share nothing but the model's root.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def tally(runs: Sequence[tuple[float, float, Iterable[LayerTime]]]) -> Tally:
 def module_of(layer: str, nodes: Collection[str] = ()) -> str:
     """The module a layer belongs to: the longest path that its nodes' names, or its own, begin with.
 
-    "" where none has a path, or several have none in common.
+    "" where none has a path, or where several have only the root in common: "model" holds all of a model and says
+    nothing of where in it the time went.
     """
     modules = _modules_in(nodes or (layer,))
     if len(modules) <= 1:
@@ -106,7 +108,7 @@ def module_of(layer: str, nodes: Collection[str] = ()) -> str:
         if len(set(pieces)) > 1:
             break
         common.append(pieces[0])
-    return ".".join(common)
+    return ".".join(common) if len(common) > 1 else ""
 
 
 def _modules_in(names: Iterable[str]) -> set[str]:

@@ -37,6 +37,7 @@ LAYER = "model.language_model.layers.3"
         (f"Reformatting CopyNode for Input Tensor 0 to {LAYER}.mlp.down_proj", f"{LAYER}.mlp.down_proj"),
         (f"decoder/Cast_1 + {LAYER}.mlp/Mul_0", f"{LAYER}.mlp"),
         ("decoder/Cast_1 + decoder/Shape_0", "decoder"),
+        ("model.visual.merger.mlp.0/Add_0 + model.language_model.embed_tokens", ""),
         (f"{LAYER}.mlp/Mul_0 + lm_head", ""),
         ("__myl_MulAddSum_myl0_12", ""),
         ("Transpose_token_57", ""),
