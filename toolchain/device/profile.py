@@ -127,18 +127,22 @@ class Spread:
 
 @dataclass
 class PhaseRun:
-    """One run of one phase: its wall time, and which graph calls (by index) were made in it."""
+    """One run of one phase: its wall time, and which graph calls (by index) were made in it.
+
+    `step` counts the decoded tokens of an answer: each has one place more to attend to than the one before.
+    """
 
     phase: str
     ms: float
     calls: list[int] = field(default_factory=list)
+    step: int = 0
 
 
 @dataclass(frozen=True)
 class Measured:
     """All that was measured. `phases` and `first_token` are of the pass without layers, `tallies` of the one with.
 
-    `slowdown` is, by phase, the recorded pass's mean over the other's: how much recording layers cost.
+    `slowdown` is, by phase, the recorded pass's mean over the other's mean of the same tokens: what recording costs.
     """
 
     phases: dict[str, Spread]
@@ -186,13 +190,12 @@ def measure(
         raise RuntimeError(f"recording layers changed the answer from token ids {answer[: len(again)]} to {again}")
     tallies = tallies_of(recorded, layer_runs)
     by_phase = {phase: [run for run in runs if run.phase == phase] for phase in (*PHASES, "first_token")}
-    means = {phase: float(np.mean([run.ms for run in found])) for phase, found in by_phase.items() if found}
     return Measured(
         {phase: Spread.of([run.ms for run in by_phase[phase]]) for phase in PHASES if by_phase[phase]},
         {p: _median_inside(plain.calls, by_phase[p]) for p in PHASES if any(run.calls for run in by_phase[p])},
         Spread.of([run.ms for run in by_phase["first_token"]]),
         tallies,
-        {phase: found.total_ms / means[phase] for phase, found in tallies.items()},
+        {phase: found.total_ms / _mean_until(fewer.tokens - 1, by_phase[phase]) for phase, found in tallies.items()},
         prepared.length,
         sum(end - start for start, end in prepared.picture_places),
         tuple(answer),
@@ -255,6 +258,7 @@ def _answer(
     for step in range(tokens - 1):
         place = prepared.next_position + step
         run, token = _timed(recording, "decode", partial(_step, host, runner, token, place))
+        run.step = step
         runs.append(run)
         ids.append(token)
     return runs, ids
@@ -285,6 +289,10 @@ def _without_embed(recording: Recording, prefill: PhaseRun) -> list[PhaseRun]:
     ms = sum(recording.calls[i].ms for i in embed)
     rest = [i for i in prefill.calls if i not in embed]
     return [PhaseRun("embed", ms, embed), PhaseRun("prefill", prefill.ms - ms, rest)]
+
+
+def _mean_until(step: int, runs: Sequence[PhaseRun]) -> float:
+    return float(np.mean([run.ms for run in runs if run.step < step]))
 
 
 def _median_inside(calls: Sequence[GraphCall], runs: Sequence[PhaseRun]) -> float:

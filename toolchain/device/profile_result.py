@@ -10,7 +10,8 @@
  "prediction": {"target", "power_mode", "same_device": was it measured on that board} or null,
  "layers": {phase: {"total_ms", "runs", "slowdown", "parts", "blocks", "modules"}},
              rows {"name", "part", "ms", "share", "layers"} that sum to total_ms, "unattributed" and "host" last;
-             means over `runs` recorded runs, which recording made `slowdown` times as long as the phases above
+             means over `runs` recorded runs (decode: the first tokens of an answer), `slowdown` times as long as the
+             same runs took without recording
  "telemetry": Telemetry.to_json() or null, "warnings": [sentences]}
 """
 

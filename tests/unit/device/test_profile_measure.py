@@ -59,12 +59,15 @@ class StubHost:
 
 
 class StubBackend:
-    """Vision 3 ms, embed 0.5 ms, decoder 2 ms a token and 1 ms a call outside; all twice as long with layers."""
+    """Vision 3 ms, embed 0.5 ms, decoder 2 ms a token and 1 ms a call outside; graphs twice as long with layers.
+
+    `growth` is how much longer, in ms, the decoder takes for every place that is filled already.
+    """
 
     name = "stub"
 
-    def __init__(self, clock: Clock, watches: bool = True, answers=lambda layers: 7) -> None:
-        self.clock, self.watches, self.answers, self.opened = clock, watches, answers, []
+    def __init__(self, clock: Clock, watches: bool = True, answers=lambda layers: 7, growth: float = 0.0) -> None:
+        self.clock, self.watches, self.answers, self.growth, self.opened = clock, watches, answers, growth, []
 
     def describe(self):
         return {"stub": "1.0"}
@@ -98,9 +101,10 @@ class StubRecording:
 
     def extend(self, ids, features, positions):
         assert features.shape[1] == 4
-        self.length += len(ids)
         self._call("embed", 0.5, "model.embed_tokens")
-        self._call("decoder", 2 * len(ids), "fused", "model.layers.0.mlp/Mul_0")
+        ms = 2 * len(ids) + self._backend.growth * self.length
+        self._call("decoder", ms, "fused", "model.layers.0.mlp/Mul_0")
+        self.length += len(ids)
         self._backend.clock.pass_ms(1)
         logits = np.zeros(VOCABULARY, np.float32)
         logits[self._backend.answers(self._recorded)] = 1
@@ -139,6 +143,15 @@ def test_layers_are_recorded_apart_and_sum_to_their_own_pass(clock):
     assert found.slowdown["decode"] == pytest.approx(6 / 3.5)
     for tally in found.tallies.values():
         assert sum(row.ms for row in tally.by_module) == pytest.approx(tally.total_ms)
+
+
+def test_what_recording_costs_is_told_from_the_same_tokens(clock):
+    """The recorded pass stops after 8 tokens, where the context is short: so has the pass beside it to be read."""
+    found = measure(StubBackend(clock, growth=0.5), StubHost(clock), PICTURE, Settings(2, 0, 30))
+    # Seven tokens after the first, upon 5 to 11 places: 2.5 + 0.5 * 8 ms of graphs each, and 1 ms outside.
+    assert found.tallies["decode"].total_ms == pytest.approx(2 * 6.5 + 1)
+    assert found.slowdown["decode"] == pytest.approx((2 * 6.5 + 1) / (6.5 + 1))
+    assert found.phases["decode"].count == 2 * 29
 
 
 def test_a_backend_that_does_not_look_has_no_embed_phase(clock):
