@@ -49,6 +49,10 @@ class TorchBackend:
         self._family = family_for(checkpoint.config)
         self.host: Host = self._family.load_host(checkpoint.config, folder)
 
+    @property
+    def uses_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
     def describe(self) -> dict[str, Any]:
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         threads = {} if self._device.type == "cuda" else {"threads": torch.get_num_threads()}

@@ -161,7 +161,7 @@ def _profile_here(
     backend, host = found
     progress = Progress()
     progress.stage(f"profile    {source} with {backend.name}")
-    with Sampler() as sampler:
+    with Sampler(uses_gpu=backend.uses_gpu) as sampler:
         measured = measure(backend, host, asked, settings, progress.step)
     seen = sampler.telemetry()
     same = prediction is not None and prediction.same_device

@@ -9,6 +9,7 @@ import ctypes
 import json
 import platform
 import re
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,24 @@ def gpu(load: Loader = ctypes.CDLL) -> Gpu | None:
     if any(call() != 0 for call in calls):
         return None
     return Gpu(name.value.decode(errors="replace"), f"{major.value}{minor.value}")
+
+
+def gpu_uuid(load: Loader = ctypes.CDLL) -> str | None:
+    """The first GPU as nvidia-smi calls it, GPU-8-4-4-4-12 hexadecimal digits; None where the driver does not say.
+
+    The first is CUDA's, with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER: nvidia-smi numbers GPUs by their slots.
+    """
+    try:
+        driver = load("libcuda.so.1")
+    except OSError:
+        return None
+    device, content = ctypes.c_int(), ctypes.create_string_buffer(16)
+    calls = (
+        lambda: driver.cuInit(0),
+        lambda: driver.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: driver.cuDeviceGetUuid(content, device),  # _v2 would name a MIG instance
+    )
+    return None if any(call() != 0 for call in calls) else f"GPU-{uuid.UUID(bytes=content.raw)}"
 
 
 def read_memory(root: Path = Path("/")) -> Memory | None:

@@ -61,9 +61,12 @@ class Recording(Protocol):
 
 
 class ProfileBackend(Protocol):
-    """Something that can be profiled."""
+    """Something that can be profiled; `uses_gpu` says whether a GPU's clocks tell anything of it."""
 
     name: str
+
+    @property
+    def uses_gpu(self) -> bool: ...
 
     def describe(self) -> dict[str, Any]:
         """What ran, for the report: versions, provider, device, threads."""

@@ -53,6 +53,10 @@ class OrtBackend:
         """`namer` makes the copy to record from a graph's file."""
         self._folder, self._host, self._provider, self._namer = folder, host, provider, namer
 
+    @property
+    def uses_gpu(self) -> bool:
+        return self._provider != "cpu"
+
     def describe(self) -> dict[str, Any]:
         import onnxruntime
 

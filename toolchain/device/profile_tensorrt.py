@@ -101,6 +101,8 @@ def profiler_for(trt: ModuleType, collector: LayerCollector) -> Any:
 class EngineBackend:
     """The engines that `mgvq build` made from a bundle."""
 
+    uses_gpu = True
+
     def __init__(self, bundle: Bundle, engines: Path, backend: str, host: Host) -> None:
         """`backend` is tensorrt or tensorrt_rtx.
 

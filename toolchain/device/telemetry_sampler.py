@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolchain.device.board import gpu_uuid
 from toolchain.device.telemetry import (
     SMI_QUERY,
     Sample,
@@ -42,13 +43,30 @@ class Source:
     parse: Callable[[str], Sample | None]
 
 
-def find_sources(which: Callable[[str], str | None] = shutil.which) -> tuple[Source, ...]:
-    """The tools this machine has. A board may have both: Thor's tegrastats knows no GPU clock, its nvidia-smi does."""
-    smi = ("nvidia-smi", f"--query-gpu={SMI_QUERY}", "--format=csv,noheader,nounits", "-lms", str(INTERVAL_MS))
-    known = (
-        Source("tegrastats", ("tegrastats", "--interval", str(INTERVAL_MS)), parse_tegrastats),
-        Source("nvidia-smi", smi, parse_nvidia_smi),
-    )
+Run = Callable[[Sequence[str]], str | None]  # what a command prints; None where it is not there, fails or hangs
+GpuFlags = tuple[str, ...]
+
+
+def gpu_in_use(run: Run | None = None) -> GpuFlags | None:
+    """The flags with which nvidia-smi tells of the GPU that CUDA uses alone; None where it does not know that one."""
+    listed = (run or _output)(("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")) or ""
+    names = [line.strip() for line in listed.splitlines()]
+    if len(names) == 1:
+        return ()
+    used = gpu_uuid()
+    return ("-i", used) if used in names else None
+
+
+def find_sources(gpu: GpuFlags | None, which: Callable[[str], str | None] = shutil.which) -> tuple[Source, ...]:
+    """The tools this machine has. A board may have both: Thor's tegrastats knows no GPU clock, its nvidia-smi does.
+
+    Args:
+        gpu: nvidia-smi's flags (`gpu_in_use`); None leaves it out.
+    """
+    known = [Source("tegrastats", ("tegrastats", "--interval", str(INTERVAL_MS)), parse_tegrastats)]
+    if gpu is not None:
+        query = (f"--query-gpu={SMI_QUERY}", "--format=csv,noheader,nounits", "-lms", str(INTERVAL_MS))
+        known.append(Source("nvidia-smi", ("nvidia-smi", *gpu, *query), parse_nvidia_smi))
     return tuple(source for source in known if which(source.command[0]))
 
 
@@ -61,12 +79,11 @@ class Settings:
     emc_max_mhz: int | None = None
 
 
-def read_settings(
-    run: Callable[[Sequence[str]], str | None] | None = None, devfreq: Path = Path("/sys/class/devfreq")
-) -> Settings:
+def read_settings(gpu: GpuFlags | None, run: Run | None = None, devfreq: Path = Path("/sys/class/devfreq")) -> Settings:
     """The power mode and the highest clocks in force, from nvpmodel, jetson_clocks, devfreq or nvidia-smi.
 
-    jetson_clocks needs root; without it the GPU's limit comes from devfreq, which anybody may read.
+    jetson_clocks needs root; without it the GPU's limit comes from devfreq, which anybody may read. nvidia-smi is
+    asked with the flags `gpu`; not at all where they are None.
     """
     run = run or _output
     mode = _parsed(parse_nvpmodel, run(("nvpmodel", "-q")))
@@ -77,10 +94,9 @@ def read_settings(
         gpu, emc = (round(clocks[name].most / 1e6) if name in clocks else None for name in ("GPU", "EMC"))
         return Settings(mode, gpu, emc)
     limit = _devfreq_limit(devfreq)
-    if limit is None:
-        text = run(("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")) or ""
-        first = text.strip().splitlines()[0].strip() if text.strip() else ""
-        limit = int(first) if first.isdigit() else None
+    if limit is None and gpu is not None:
+        text = run(("nvidia-smi", *gpu, "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")) or ""
+        limit = int(text) if text.strip().isdigit() else None
     return Settings(mode, limit, None)
 
 
@@ -180,13 +196,17 @@ class Sampler:
 
     def __init__(
         self,
+        *,
+        uses_gpu: bool = True,
         sources: Sequence[Source] | None = None,
         settings: Settings | None = None,
         meminfo: Path = Path("/proc/meminfo"),
         interval_s: float = INTERVAL_MS / 1000,
     ) -> None:
-        self._sources = find_sources() if sources is None else tuple(sources)
-        self._settings = read_settings() if settings is None else settings
+        """Without `uses_gpu` nvidia-smi is not asked: what others do on the GPU is not what is measured."""
+        gpu = gpu_in_use() if uses_gpu and (sources is None or settings is None) else None
+        self._sources = find_sources(gpu) if sources is None else tuple(sources)
+        self._settings = read_settings(gpu) if settings is None else settings
         self._meminfo, self._interval_s = meminfo, interval_s
         self._samples: list[Sample] = []
         self._available: list[int] = []

@@ -35,6 +35,8 @@ class Driver:
         def call(*arguments):
             if name == self.fails:
                 return 100
+            if name == "cuDeviceGetUuid":
+                arguments[0].raw = bytes(range(16))
             if name == "cuDeviceGetName":
                 arguments[0].value = b"Orin"
             if name == "cuDeviceGetAttribute":
@@ -64,6 +66,14 @@ class TestReaders:
         assert boards.read_memory(tmp_path) is None
         place(tmp_path, "proc/meminfo", "MemAvailable:    1024 kB\n")
         assert boards.read_memory(tmp_path) == Memory(MIB, None, None)
+
+    def test_the_name_that_nvidia_smi_knows_a_gpu_by(self):
+        def no_driver(name):
+            raise OSError(f"{name}: cannot open shared object file")
+
+        assert boards.gpu_uuid(lambda name: Driver()) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
+        assert boards.gpu_uuid(lambda name: Driver("cuDeviceGetUuid")) is None
+        assert boards.gpu_uuid(no_driver) is None
 
     @pytest.mark.parametrize("call", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"])
     def test_a_driver_that_fails_is_no_gpu(self, call):

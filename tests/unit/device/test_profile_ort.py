@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from toolchain.device.profile_ort import layers_from_events, node_name
+from toolchain.device.profile_ort import OrtBackend, layers_from_events, node_name
 from toolchain.errors import EnvironmentMismatch, InputDataError
 from toolchain.profile_onnx import named_calls
 
@@ -112,3 +112,8 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
     (tmp_path / "decoder.onnx").write_bytes(b"\xff\xfe nothing")
     with pytest.raises(InputDataError, match="cannot be read"):
         named_calls(tmp_path / "decoder.onnx")
+
+
+@pytest.mark.parametrize(("provider", "uses"), [("cpu", False), ("cuda", True)])
+def test_a_gpus_clocks_are_of_interest_where_it_computes(tmp_path, provider, uses):
+    assert OrtBackend(tmp_path, None, provider, None).uses_gpu is uses

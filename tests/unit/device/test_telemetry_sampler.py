@@ -13,8 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from toolchain.device import telemetry_sampler
 from toolchain.device.telemetry import Sample, parse_tegrastats
-from toolchain.device.telemetry_sampler import Sampler, Settings, Source, find_sources, read_settings, summarize
+from toolchain.device.telemetry_sampler import (
+    Sampler,
+    Settings,
+    Source,
+    find_sources,
+    gpu_in_use,
+    read_settings,
+    summarize,
+)
 
 LINE = "RAM {ram}/7620MB (lfb 3x4MB) CPU [1%@729] GR3D_FREQ {load}%@{mhz} gpu@{celsius}C VDD_IN {mw}mW/0mW"
 MIB = 1 << 20
@@ -51,7 +60,9 @@ def wait_for(condition) -> None:
 
 
 def sampled(source: Source, tmp_path: Path, samples: int):
-    with Sampler([source], Settings("15W", 600), meminfo_of(tmp_path, 5000), 0.01) as sampler:
+    with Sampler(
+        sources=[source], settings=Settings("15W", 600), meminfo=meminfo_of(tmp_path, 5000), interval_s=0.01
+    ) as sampler:
         wait_for(lambda: sampler.telemetry().samples == samples and (tmp_path / "pid").exists())
         meminfo_of(tmp_path, 4000)
         wait_for(lambda: sampler.telemetry().memory_peak_bytes == 1000 * 1024)
@@ -92,7 +103,7 @@ def test_a_tool_that_ignores_the_request_to_stop_is_killed(tool, tmp_path, monke
 
 
 def test_the_tool_is_stopped_when_the_measurement_fails(tool, tmp_path):
-    reader = Sampler([tool(line())], Settings(), tmp_path / "none", 0.01)
+    reader = Sampler(sources=[tool(line())], settings=Settings(), meminfo=tmp_path / "none", interval_s=0.01)
     with pytest.raises(ZeroDivisionError), reader as sampler:  # noqa: PT012 - what the measurement does
         wait_for(lambda: sampler.telemetry().samples == 1 and (tmp_path / "pid").exists())
         raise ZeroDivisionError
@@ -101,17 +112,74 @@ def test_the_tool_is_stopped_when_the_measurement_fails(tool, tmp_path):
 
 def test_no_tools_and_no_meminfo_are_said_not_failed(tmp_path):
     missing = Source("tegrastats", (str(tmp_path / "none"),), parse_tegrastats)
-    with Sampler([missing], Settings(), tmp_path / "none", 0.01) as sampler:
+    with Sampler(sources=[missing], settings=Settings(), meminfo=tmp_path / "none", interval_s=0.01) as sampler:
         pass
     assert sampler.telemetry().samples == 0
-    with Sampler([], Settings(), tmp_path / "none", 0.01) as sampler:
+    with Sampler(sources=[], settings=Settings(), meminfo=tmp_path / "none", interval_s=0.01) as sampler:
         pass
     assert "no tegrastats" in sampler.telemetry().summary()
 
 
 def test_both_tools_are_used_where_both_are():
-    assert [s.name for s in find_sources(lambda name: f"/usr/bin/{name}")] == ["tegrastats", "nvidia-smi"]
-    assert find_sources(lambda name: None) == ()
+    assert [s.name for s in find_sources((), lambda name: f"/usr/bin/{name}")] == ["tegrastats", "nvidia-smi"]
+    assert [s.name for s in find_sources(None, lambda name: f"/usr/bin/{name}")] == ["tegrastats"]
+    assert find_sources((), lambda name: None) == ()
+
+
+NVIDIA_SMI = f"""#!{sys.executable}
+import sys, time
+gpus = {{"GPU-a": (2100, 2000, 99), "GPU-b": (1410, 700, 98)}}
+words = sys.argv[1:]
+if "-i" in words:
+    gpus = {{name: values for name, values in gpus.items() if name == words[words.index("-i") + 1]}}
+if "--query-gpu=uuid" in words:
+    print("\\n".join(gpus))
+elif "--query-gpu=clocks.max.sm" in words:
+    print("\\n".join(str(limit) for limit, _, _ in gpus.values()))
+else:
+    for _, mhz, load in gpus.values():
+        print(f"{{mhz}}, 5000, {{load}}, 50, 100.0, 1000, 80000, 0x0", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """nvidia-smi of a machine with two GPUs, the only tool there is."""
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "nvidia-smi"
+    path.write_text(NVIDIA_SMI)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+def test_of_several_gpus_the_one_in_use_is_read(two_gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(telemetry_sampler, "gpu_uuid", lambda: "GPU-b")
+    with Sampler(meminfo=tmp_path / "none", interval_s=0.01) as sampler:
+        wait_for(lambda: sampler.telemetry().samples)
+    found = sampler.telemetry()
+    assert (found.samples, found.gpu_mhz_min, found.gpu_mhz_median, found.settings.gpu_max_mhz) == (1, 700, 700, 1410)
+
+
+@pytest.mark.parametrize("used", [None, "GPU-c"])
+def test_gpus_of_which_none_is_known_to_be_in_use_are_not_read(two_gpus, tmp_path, monkeypatch, used):
+    monkeypatch.setattr(telemetry_sampler, "gpu_uuid", lambda: used)
+    assert gpu_in_use() is None
+    with Sampler(meminfo=tmp_path / "none", interval_s=0.01) as sampler:
+        pass
+    assert (sampler.telemetry().sources, sampler.telemetry().settings) == ((), Settings())
+
+
+def test_a_run_without_the_gpu_does_not_read_what_others_do_there(two_gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(telemetry_sampler, "gpu_uuid", lambda: "GPU-b")
+    with Sampler(uses_gpu=False, meminfo=tmp_path / "none", interval_s=0.01) as sampler:
+        pass
+    assert sampler.telemetry().sources == ()
+
+
+@pytest.mark.parametrize("listed", ["GPU-a\n", "[N/A]\n"])
+def test_a_gpu_alone_needs_no_name(listed):
+    assert gpu_in_use(lambda command: listed) == ()
 
 
 def test_idle_clocks_do_not_count():
@@ -157,17 +225,19 @@ def answering(**answers: str):
 
 def test_settings_from_the_tools(tmp_path):
     mode = "NV Power Mode: 25W\n1"
-    assert read_settings(answering(nvpmodel=mode, jetson_clocks=CLOCKS), tmp_path) == Settings("25W", 918, 3199)
-    assert read_settings(answering(nvpmodel=mode, sudo_jetson_clocks=CLOCKS), tmp_path) == Settings("25W", 918, 3199)
-    assert read_settings(answering(**{"nvidia-smi": "2100\n"}), tmp_path) == Settings(None, 2100, None)
-    assert read_settings(answering(nvpmodel="odd", jetson_clocks="odd"), tmp_path) == Settings()
+    assert read_settings((), answering(nvpmodel=mode, jetson_clocks=CLOCKS), tmp_path) == Settings("25W", 918, 3199)
+    assert read_settings((), answering(nvpmodel=mode, sudo_jetson_clocks=CLOCKS), tmp_path) == Settings(
+        "25W", 918, 3199
+    )
+    assert read_settings((), answering(**{"nvidia-smi": "2100\n"}), tmp_path) == Settings(None, 2100, None)
+    assert read_settings((), answering(nvpmodel="odd", jetson_clocks="odd"), tmp_path) == Settings()
 
 
 @pytest.mark.parametrize("name", ["17000000.gpu", "17000000.ga10b", "gpu-gpc-0"])
 def test_without_root_the_gpus_limit_comes_from_devfreq(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "max_freq").write_text("1020000000\n")
-    assert read_settings(answering(), tmp_path).gpu_max_mhz == 1020
+    assert read_settings((), answering(), tmp_path).gpu_max_mhz == 1020
 
 
 def test_modules_of_the_board_import_without_heavy_packages():
