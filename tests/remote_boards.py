@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import stat
+import subprocess
 import sys
 import time
 import zipfile
@@ -115,3 +116,17 @@ def wheel(path: Path) -> None:
         for name, text in files.items():
             archive.writestr(name, text)
         archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
+
+
+def make_environment(folder: Path) -> Path:
+    """Make a virtual environment without pip; the folder of its packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return next(folder.glob("lib/python*/site-packages"))
+
+
+def place_package(site: Path, name: str, version: str) -> None:
+    """A package in an environment as far as pip sees it: nothing but its name and version."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text("")

@@ -13,7 +13,11 @@ from toolchain.cli.common import Progress
 from toolchain.errors import UsageError
 
 PythonOption = Annotated[
-    str | None, typer.Option("--python", help="Python on the board, with --host (python3 when absent).")
+    str | None,
+    typer.Option(
+        "--python",
+        help="Python on the board, with --host (python3 when absent); an environment's lends what is installed in it.",
+    ),
 ]
 RemoteMgvqOption = Annotated[
     str | None,

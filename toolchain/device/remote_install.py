@@ -1,7 +1,9 @@
 """An mgvq on the board: the one named, or a virtual environment with the wheel that the bundle carries.
 
-The environment sees the board's own packages, because JetPack installs TensorRT for the system's Python. The wheel goes
-in without its dependencies (they are the workstation's: torch, transformers); requirements-board.txt names the board's.
+The environment sees the board's own packages, because JetPack installs TensorRT for the system's Python; and those of
+the environment that --python names, if it is one, so that a board without a network can be prepared by hand. The wheel
+goes in without its dependencies (they are the workstation's: torch, transformers), whatever mgvq can be seen besides;
+requirements-board.txt names the board's, and pip asks for none that are there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from toolchain.device.remote import RemoteOptions
 
 REQUIREMENTS = "requirements-board.txt"
+# Run by the named Python: if that is an environment's, the new one (its argument) looks for packages there, last.
+_SEE_ENVIRONMENT = """
+import pathlib, sys, sysconfig
+if sys.prefix != sys.base_prefix:
+    own = next(pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"))
+    seen = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    (own / "mgvq-sees.pth").write_text("".join(f"import site; site.addsitedir({path!r})\\n" for path in seen))
+"""
 
 
 def installed_command(connection: Connection, options: RemoteOptions, bundle: Tree, place: str) -> list[str]:
@@ -52,10 +62,11 @@ def installed_command(connection: Connection, options: RemoteOptions, bundle: Tr
 
 def _install(connection: Connection, python: str, environment: str, requirements: list[str], wheel: str) -> None:
     """Make the environment; the file `ready` says that it was made whole."""
-    at = shlex.quote(environment)
+    at, start = shlex.quote(environment), shlex.quote(python)
     steps = [
         (
-            f"rm -rf {at} && mkdir -p {at} && {shlex.quote(python)} -m venv --system-site-packages {at}",
+            f"rm -rf {at} && mkdir -p {at} && {start} -m venv --system-site-packages {at} && "
+            f"{start} -c {shlex.quote(_SEE_ENVIRONMENT)} {at}",
             "sudo apt install python3-venv on the board",
         )
     ]
@@ -64,10 +75,14 @@ def _install(connection: Connection, python: str, environment: str, requirements
         steps.append(
             (
                 f"{pip} --requirement {shlex.quote(path)}",
-                "give the board a network, or install them there by hand and name that mgvq with --remote-mgvq",
+                "give the board a network, or install them by hand in an environment there and name its python with "
+                "--python",
             )
         )
-    steps.append((f"{pip} --no-deps {shlex.quote(wheel)} && touch {at}/ready", "make the bundle again"))
+    # Else pip takes an mgvq of this version that it sees outside the environment for this one.
+    steps.append(
+        (f"{pip} --ignore-installed --no-deps {shlex.quote(wheel)} && touch {at}/ready", "make the bundle again")
+    )
     for script, advice in steps:
         done = connection.run(script)
         if done.returncode:

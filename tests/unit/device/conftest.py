@@ -1,18 +1,13 @@
 """Boards: a simulated one to build a bundle on; this machine behind ssh, a real server on loopback or a small program.
 
-The server is started on a free port with keys of its own; the login is whoever runs the tests. Without sshd or rsync
-the tests that need them skip.
+Without sshd or rsync the tests that need them skip.
 """
 
 from __future__ import annotations
 
-import getpass
 import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +15,10 @@ import pytest
 from board_bundles import TARGET, board_pieces, correct_plugin
 from remote_boards import FAKE_SSH, MGVQ, Board, executable
 from simulated_builder import SimulatedBoard
+from ssh_server import loopback_server
 
 from toolchain.bundle import open_bundle, write_bundle
 from toolchain.device.remote import RemoteOptions
-
-SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 
 
 @pytest.fixture
@@ -80,46 +74,10 @@ def fake_ssh(tmp_path, monkeypatch, options) -> Board:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Path:
+def server(tmp_path_factory) -> Iterator[Path]:
     """ssh's configuration file for a server on loopback, which ends with the tests of a file."""
-    if SSHD is None:
-        pytest.skip("needs sshd (openssh-server)")
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd run by root confines itself; packages make it at boot
-    folder = tmp_path_factory.mktemp("sshd")
-    for name in ("host_key", "user_key", "stranger_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        port = probe_socket.getsockname()[1]
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\nStrictModes no\n"
-        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        "PermitRootLogin prohibit-password\n"
-    )
-    key = (folder / "host_key.pub").read_text().split()
-    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
-    (folder / "config").write_text(
-        f"Host board\n  HostName 127.0.0.1\n  Port {port}\n  User {getpass.getuser()}\n  IdentitiesOnly yes\n"
-        f"  IdentityFile {folder}/user_key\n  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking yes\n"
-    )
-    log = (folder / "sshd.log").open("wb")
-    process = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", port), 0.2).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text().strip()}")
-                time.sleep(0.05)
-        yield folder / "config"
-    finally:
-        process.terminate()
-        process.wait()
-        log.close()
+    with loopback_server(tmp_path_factory.mktemp("sshd")) as config:
+        yield config
 
 
 @pytest.fixture

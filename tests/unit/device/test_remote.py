@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from remote_boards import MGVQ, executable, needs_rsync, run, until, wheel
+from remote_boards import MGVQ, executable, make_environment, needs_rsync, place_package, run, until, wheel
 
 from toolchain import __version__
 from toolchain.bundle import write_bundle
@@ -136,6 +136,26 @@ def test_the_bundles_wheel_is_installed_once(over_ssh, tmp_path, said):
         assert run(board, "copy", made, tmp_path / name) == 0
         assert (tmp_path / name / "seen.json").is_file()
     assert [line.split()[0] for line in said].count("install") == 1
+
+
+@needs_rsync
+def test_what_the_named_pythons_own_environment_has_is_used_and_our_wheel_all_the_same(over_ssh, tmp_path):
+    """A board without a network whose packages are in an environment of its owner's, another mgvq among them."""
+    site = make_environment(tmp_path / "owners")
+    place_package(site, "needed", "1.0")
+    place_package(site, "mgvq", __version__)
+    (tmp_path / "pieces").mkdir()
+    wheel(tmp_path / "pieces" / f"mgvq-{__version__}-py3-none-any.whl")
+    (tmp_path / "pieces" / "requirements-board.txt").write_text("needed>=1\n")
+    made = write_bundle({"install": tmp_path / "pieces"}, tmp_path / "bundle").folder
+    python = str(tmp_path / "owners" / "bin" / "python")
+    board = replace(over_ssh, options=replace(over_ssh.options, mgvq=None, python=python))
+    assert run(board, "copy", made, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "seen.json").is_file()
+    (tmp_path / "pieces" / "requirements-board.txt").write_text("needed>=2\n")
+    made = write_bundle({"install": tmp_path / "pieces"}, tmp_path / "newer").folder
+    with pytest.raises(EnvironmentMismatch, match=r"cannot be installed there .*needed>=2.*give the board a network"):
+        run(board, "copy", made, tmp_path / "none")
 
 
 @needs_rsync
