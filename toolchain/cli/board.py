@@ -15,8 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolchain.cli.app import app
-from toolchain.cli.common import Format, FormatOption, Progress, Provider, ProviderOption, emit, size, table
-from toolchain.cli.remote import PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
+from toolchain.cli.common import (
+    EnginesOption,
+    Format,
+    FormatOption,
+    Progress,
+    Provider,
+    ProviderOption,
+    check_engine_flags,
+    emit,
+    size,
+    table,
+)
+from toolchain.cli.remote import HostOption, PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
 from toolchain.errors import EnvironmentMismatch, MgvqError, UsageError
 
 if TYPE_CHECKING:
@@ -31,13 +42,9 @@ class Answering(str, Enum):
     tensorrt_rtx = "tensorrt_rtx"
 
 
-HOST_HELP = "Build on this board over ssh, such as user@board, and bring the engines back."
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, as mgvq bundle or mgvq all writes it.")]
 AnsweringOption = Annotated[
     Answering, typer.Option("--backend", help="ort (onnxruntime, anywhere), or engines that mgvq build made.")
-]
-EnginesOption = Annotated[
-    Path | None, typer.Option("--engines", help="Folder that mgvq build wrote; needed by all backends but ort.")
 ]
 ImageOption = Annotated[
     list[Path] | None, typer.Option("--image", help="A picture the question is about; may be given more than once.")
@@ -73,7 +80,7 @@ def build(
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Build although the memory plan says that it will not fit.")
     ] = False,
-    host: Annotated[str | None, typer.Option(help=HOST_HELP)] = None,
+    host: HostOption = None,
     python: PythonOption = None,
     remote_mgvq: RemoteMgvqOption = None,
     ssh_config: SshConfigOption = None,
@@ -271,14 +278,7 @@ def _conversation(bundle: Path, backend: Answering, engines: Path | None, provid
     from toolchain.device.ort import ort_graphs
     from toolchain.device.runtime import open_runner
 
-    if backend is Answering.ort and engines is not None:
-        raise UsageError(
-            "--engines has no effect with --backend ort; leave it out, or choose the backend that built them"
-        )
-    if backend is not Answering.ort and provider is not Provider.cpu:
-        raise UsageError(f"--provider has no effect with --backend {backend.value}; leave it out")
-    if backend is not Answering.ort and engines is None:
-        raise UsageError(f"--backend {backend.value} needs --engines, the folder that `mgvq build` wrote")
+    check_engine_flags(backend.value, engines, provider)
     opened = open_bundle(bundle)
     host = host_from_folder(opened.folder / "processor")
     limits = limits_from_bundle(opened, host.settings)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from toolchain.bit_allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS, LOWEST_PLAIN_BITS
+from toolchain.device.backends import BACKENDS
 from toolchain.errors import UsageError
 
 
@@ -44,6 +45,27 @@ BudgetOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 ProviderOption = Annotated[Provider, typer.Option("--provider", help="onnxruntime's execution provider.")]
+EnginesOption = Annotated[
+    Path | None, typer.Option("--engines", help="Folder that mgvq build wrote, for tensorrt and tensorrt_rtx.")
+]
+
+
+def check_engine_flags(backend: str, engines: Path | None, provider: Provider) -> None:
+    """Refuse --engines and --provider where they have no effect on a backend, and engines that are missing.
+
+    Raises:
+        UsageError: one of the three.
+    """
+    if backend not in BACKENDS:
+        if engines is not None:
+            raise UsageError(
+                f"--engines has no effect with --backend {backend}; leave it out, or choose the backend that built them"
+            )
+        return
+    if engines is None:
+        raise UsageError(f"--backend {backend} needs --engines, the folder that `mgvq build` wrote")
+    if provider is not Provider.cpu:
+        raise UsageError(f"--provider has no effect with --backend {backend}; leave it out")
 
 
 def emit(data: dict[str, Any], text: str, form: Format) -> None:

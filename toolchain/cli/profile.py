@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolchain.cli.app import app
-from toolchain.cli.common import Format, FormatOption, OutputOption, Progress, Provider, ProviderOption, emit
-from toolchain.cli.remote import PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
-from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
+from toolchain.cli.common import (
+    EnginesOption,
+    Format,
+    FormatOption,
+    OutputOption,
+    Progress,
+    Provider,
+    ProviderOption,
+    check_engine_flags,
+    emit,
+)
+from toolchain.cli.remote import HostOption, PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
+from toolchain.errors import EnvironmentMismatch, InputDataError
 
 if TYPE_CHECKING:
     from toolchain.device.profile import ProfileBackend, Question, Settings
@@ -26,7 +36,6 @@ class ProfileBackendName(str, Enum):
 
 
 DEFAULT_PROMPT = "Describe the picture."
-HOST_HELP = "Run it on this board over ssh, such as user@board, and bring the result back."
 
 
 @app.command()
@@ -34,9 +43,7 @@ def profile(
     source: Annotated[Path, typer.Argument(help="A bundle; with --backend torch a checkpoint folder.")],
     output: OutputOption,
     backend: Annotated[ProfileBackendName, typer.Option(help="What runs it.")] = ProfileBackendName.ort,
-    engines: Annotated[
-        Path | None, typer.Option(help="Folder that mgvq build wrote, for tensorrt and tensorrt_rtx.")
-    ] = None,
+    engines: EnginesOption = None,
     image: Annotated[
         Path | None, typer.Option(help="The picture; noise of the planned size when absent (content changes no time).")
     ] = None,
@@ -45,7 +52,7 @@ def profile(
     warmup: Annotated[int, typer.Option(min=0, help="Answers before them that do not.")] = 2,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens an answer; stop tokens do not end it.")] = 32,
     provider: ProviderOption = Provider.cpu,
-    host: Annotated[str | None, typer.Option(help=HOST_HELP)] = None,
+    host: HostOption = None,
     python: PythonOption = None,
     remote_mgvq: RemoteMgvqOption = None,
     ssh_config: SshConfigOption = None,
@@ -57,7 +64,7 @@ def profile(
 
     settings = Settings(repeats, warmup, tokens)
     remote = RemoteFlags(python, remote_mgvq, ssh_config)
-    _check_flags(backend, engines, provider)
+    check_engine_flags(backend.value, engines, provider)
     if host is None:
         remote.refuse_idle()
     check_output(output)
@@ -71,17 +78,6 @@ def profile(
     from toolchain.device.profile_result import profile_text
 
     emit(data, f"{profile_text(data)}\n{output / 'profile.html'}", form)
-
-
-def _check_flags(backend: ProfileBackendName, engines: Path | None, provider: Provider) -> None:
-    """Refuse flags that would have no effect, and missing ones."""
-    with_engines = backend in (ProfileBackendName.tensorrt, ProfileBackendName.tensorrt_rtx)
-    if with_engines and engines is None:
-        raise UsageError(f"--backend {backend.value} needs --engines, the folder that mgvq build wrote")
-    if not with_engines and engines is not None:
-        raise UsageError(f"--engines has no effect with --backend {backend.value}; leave it out")
-    if with_engines and provider is not Provider.cpu:
-        raise UsageError(f"--provider has no effect with --backend {backend.value}; leave it out")
 
 
 def _opened(

@@ -12,6 +12,10 @@ import typer
 from toolchain.cli.common import Progress
 from toolchain.errors import UsageError
 
+HostOption = Annotated[
+    str | None,
+    typer.Option("--host", help="Run it on this board over ssh, such as user@board, and bring the result back."),
+]
 PythonOption = Annotated[
     str | None,
     typer.Option(
