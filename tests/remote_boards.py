@@ -94,8 +94,8 @@ def run(board: Board, verb: str, bundle: Path, output: Path, *arguments: str, **
     return run_remote(board.host, verb, bundle, output, arguments, options=board.options, **more)
 
 
-def until(condition) -> None:
-    deadline = time.monotonic() + 60
+def until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen"
         time.sleep(0.02)

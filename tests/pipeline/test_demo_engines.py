@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -17,31 +16,14 @@ from toolchain.cli import main
 from toolchain.device.selftest import FILE, read_cases
 from toolchain.target import load_target
 
-DEMO = Path(__file__).parents[2] / "toolchain" / "demo"
-LINES = 12  # of calibration: round-to-nearest only looks at them to have been given some
 
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """The demo's bundle, coded by the quickest method. Read only."""
-    folder = tmp_path_factory.mktemp("demo")
-    lines = (DEMO / "pictures" / "calib.jsonl").read_text(encoding="utf-8").splitlines()[:LINES]
-    entries = [json.loads(line) for line in lines]
-    for entry in entries:
-        entry["image"] = str(DEMO / "pictures" / entry["image"])
-    (folder / "calib.jsonl").write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
-    command = ["all", "-m", DEMO / "model", "--calib", folder / "calib.jsonl", "-o", folder / "run"]
-    assert main([*map(str, command), "--target", "orin-nano-8gb", "--set", "quantize.method=rtn"]) == 0
-    return folder / "run" / "bundle"
-
-
-def test_the_bundle_has_what_its_page_says(bundle):
-    opened, text = open_bundle(bundle), (bundle / "README.md").read_text(encoding="utf-8")
+def test_the_bundle_has_what_its_page_says(demo_bundle):
+    opened, text = open_bundle(demo_bundle), (demo_bundle / "README.md").read_text(encoding="utf-8")
     memory, target = opened.read_json("memory.json"), opened.read_json("target.json")
     assert target == load_target("orin-nano-8gb").to_json() == opened.manifest["target"]
     for name in re.findall(r"`([\w.-]+/?)`", text.partition("## What the board needs")[0]):
         there = name.rstrip("/")
-        assert (bundle / there).exists() or there == "libraries", name  # libraries/ is there if any were given
+        assert (demo_bundle / there).exists() or there == "libraries", name  # libraries/ is there if any were given
     for key in ("peak_bytes", "build_peak_bytes", "largest_block_bytes"):
         assert f"{memory[key] / 2**20:,.0f} MiB" in text
     assert f"Context: {memory['workload']['context_tokens']} tokens" in text
@@ -49,21 +31,21 @@ def test_the_bundle_has_what_its_page_says(bundle):
     assert wheel in opened.files
 
 
-def test_the_plugin_is_proved_on_the_board_for_every_code_of_the_plan(bundle):
-    codes = {code for layer in json.loads((bundle / "bitplan.json").read_text())["layers"]
+def test_the_plugin_is_proved_on_the_board_for_every_code_of_the_plan(demo_bundle):
+    codes = {code for layer in json.loads((demo_bundle / "bitplan.json").read_text())["layers"]
              for code in re.findall(r"\d,\d,\d", layer["code"])}  # fmt: skip
-    assert {str(case.code) for case in read_cases(bundle / FILE)} == codes
-    sources = {name for name in open_bundle(bundle).files if name.startswith("plugins/")}
+    assert {str(case.code) for case in read_cases(demo_bundle / FILE)} == codes
+    sources = {name for name in open_bundle(demo_bundle).files if name.startswith("plugins/")}
     assert {"plugins/CMakeLists.txt", "plugins/tensorrt/plugin.cpp", "plugins/vq_linear/contract.h"} <= sources
 
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("sm", ["86", "89", "120"])
-def test_the_portable_engines_are_built_from_the_bundle_by_mgvq_build(bundle, sm, tmp_path, capsys):
+def test_the_portable_engines_are_built_from_the_bundle_by_mgvq_build(demo_bundle, sm, tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX (pip install tensorrt-rtx-cu13)")
     out = tmp_path / "engines"
-    command = ["build", bundle, "--backend", "tensorrt_rtx", "--sm", sm, "--no-dense", "-o", out, "--format", "json"]
-    assert main([str(word) for word in command]) == 0
+    command = ["build", demo_bundle, "--backend", "tensorrt_rtx", "--sm", sm, "--no-dense", "--format", "json"]
+    assert main([str(word) for word in [*command, "-o", out]]) == 0
     found = json.loads(capsys.readouterr().out)
     sizes = {engine["graph"]: engine["bytes"] for engine in found["engines"]}
     with capsys.disabled():
@@ -72,4 +54,4 @@ def test_the_portable_engines_are_built_from_the_bundle_by_mgvq_build(bundle, sm
     assert {name: (out / f"{name}.engine").stat().st_size for name in sizes} == sizes
     assert min(sizes.values()) > 0
     assert json.loads((out / "build.json").read_text())["sm"] == sm
-    assert found["bundle"] == open_bundle(bundle).manifest["manifest_sha256"]
+    assert found["bundle"] == open_bundle(demo_bundle).manifest["manifest_sha256"]

@@ -50,6 +50,7 @@ class Connection:
                     f"--host needs {tool} here, found none; sudo apt install openssh-client rsync"
                 )
         self.host = host
+        self._was_there = False
         # Short, because a socket's path has little more than a hundred characters.
         self._sockets = tempfile.TemporaryDirectory(prefix="mgvq-", dir="/tmp" if os.path.isdir("/tmp") else None)
         self._options = [
@@ -86,14 +87,19 @@ class Connection:
         done = subprocess.run(self.command(remote), input=stdin, capture_output=True, text=True, errors="replace")
         if done.returncode == SSH_FAILED:
             raise self.refusal(done.stderr)
+        self._was_there = True
         return done
 
     def refusal(self, stderr: str) -> EnvironmentMismatch:
-        """The error for what ssh said when it could not connect."""
+        """The error for what ssh said when it could not connect, or when a connection that was there is gone."""
         said = stderr.strip().splitlines()[-1] if stderr.strip() else "no reason given"
         for word, advice in _REFUSALS:
             if word in stderr.lower():
                 return EnvironmentMismatch(f"{self.host}: {advice.format(host=self.host)} ({said})")
+        if self._was_there:
+            return EnvironmentMismatch(
+                f"{self.host}: the connection broke ({said}); run the same command again to go on"
+            )
         return EnvironmentMismatch(f"{self.host}: ssh failed ({said}); try it by hand: ssh {self.host}")
 
     def rsync(self, arguments: Sequence[str], files_from: Sequence[str] | None = None) -> None:

@@ -145,6 +145,19 @@ def test_a_link_that_breaks_is_what_is_said_though_nothing_can_be_tidied_over_it
 
 
 @needs_rsync
+def test_a_connection_that_was_there_and_broke_is_no_login_to_try_by_hand(fake_ssh, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with Connection(fake_ssh.host) as connection:
+        assert connection.run("true").returncode == 0
+        (tmp_path / "ssh.log.dead").touch()
+        with pytest.raises(EnvironmentMismatch, match=r"connection broke \(.*\); run the same command again to go on"):
+            connection.run("true")
+        # rsync ends with ssh's exit code or with one of its own, whichever it notices first.
+        with pytest.raises(EnvironmentMismatch, match="run the same command again to go on"):
+            connection.rsync([str(tmp_path / "file"), connection.place(str(tmp_path / "copy"))])
+
+
+@needs_rsync
 def test_a_connection_that_does_not_close_spoils_nothing(fake_ssh, monkeypatch):
     monkeypatch.setattr(remote_ssh, "CONNECT_SECONDS", 1)
     monkeypatch.setenv("FAKE_SSH_CLOSES_IN", "30")
