@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +25,9 @@ from toolchain.cli.remote import HostOption, PythonOption, RemoteFlags, RemoteMg
 from toolchain.errors import EnvironmentMismatch, InputDataError
 
 if TYPE_CHECKING:
+    from toolchain.device.families.base import Host
     from toolchain.device.profile import ProfileBackend, Question, Settings
-    from toolchain.device.profile_result import Prediction
+    from toolchain.device.profile_result import Prediction, Source
 
 
 class ProfileBackendName(str, Enum):
@@ -73,11 +75,21 @@ def profile(
                  "--tokens": tokens, "--provider": provider.value, "--format": form.value}  # fmt: skip
         run_there(host, "profile", source, output, flags, {"--image": image, "--engines": engines}, remote)
         return
-    found, asked, prediction = _opened(source, backend, engines, provider, image, prompt, tokens)
-    data = _profile_here(found, asked, settings, prediction, source, output)
+    data = _profile_here(_opened(source, backend, engines, provider, image, prompt, tokens), settings, output)
     from toolchain.device.profile_result import profile_text
 
     emit(data, f"{profile_text(data)}\n{output / 'profile.html'}", form)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is about to be profiled."""
+
+    backend: ProfileBackend
+    host: Host
+    question: Question
+    source: Source
+    prediction: Prediction | None = None
 
 
 def _opened(
@@ -88,19 +100,19 @@ def _opened(
     image: Path | None,
     prompt: str,
     tokens: int,
-) -> tuple[tuple[ProfileBackend, Any], Question, Prediction | None]:
-    """(backend, host), question and prediction; what is not there is refused before anything runs."""
+) -> Opened:
+    """What the flags name; what is not there is refused before anything runs."""
     from toolchain.device.families.base import open_image
     from toolchain.device.profile import Question
-    from toolchain.device.profile_source import noise_picture, prediction_for
+    from toolchain.device.profile_source import noise_picture, prediction_for, source_of
 
     if not source.is_dir():
         raise InputDataError(f"{source} does not exist or is no folder; expected a bundle, or a checkpoint for torch")
     picture = open_image(image) if image else None
     if backend is ProfileBackendName.torch:
-        found = _torch(source, provider)
-        host = found.host
-        return (found, host), Question(prompt, picture or noise_picture(host.settings, None)), None
+        model = _torch(source, provider)
+        asked = Question(prompt, picture or noise_picture(model.host.settings, None))
+        return Opened(model, model.host, asked, source_of(source, None))
     from toolchain.bundle import open_bundle
     from toolchain.device.families import host_from_folder
 
@@ -113,7 +125,8 @@ def _opened(
         from toolchain.device.profile_tensorrt import EngineBackend
 
         opened = EngineBackend(bundle, engines or source, backend.value, host)
-    return (opened, host), asked, prediction_for(bundle, host, asked, backend.value, tokens)
+    prediction = prediction_for(bundle, host, asked, backend.value, tokens)
+    return Opened(opened, host, asked, source_of(source, bundle), prediction)
 
 
 def _onnxruntime(folder: Path, host: Any, provider: Provider) -> Any:
@@ -138,14 +151,7 @@ def _torch(folder: Path, provider: Provider) -> Any:
     return TorchBackend(folder, provider.value)
 
 
-def _profile_here(
-    found: tuple[ProfileBackend, Any],
-    asked: Question,
-    settings: Settings,
-    prediction: Prediction | None,
-    source: Path,
-    output: Path,
-) -> dict[str, Any]:
+def _profile_here(opened: Opened, settings: Settings, output: Path) -> dict[str, Any]:
     """Measure with the machine watched, and write the folder."""
     from toolchain.device.profile import measure
     from toolchain.device.profile_result import profile_json
@@ -154,18 +160,17 @@ def _profile_here(
     from toolchain.report.profile import write_profile
     from toolchain.values import write_json
 
-    backend, host = found
-    progress = Progress()
-    progress.stage(f"profile    {source} with {backend.name}")
+    backend, prediction, progress = opened.backend, opened.prediction, Progress()
+    progress.stage(f"profile    {opened.source.name} with {backend.name}")
     with Sampler(uses_gpu=backend.uses_gpu) as sampler:
-        measured = measure(backend, host, asked, settings, progress.step)
+        measured = measure(backend, opened.host, opened.question, settings, progress.step)
     seen = sampler.telemetry()
     same = prediction is not None and prediction.same_device
     wanted = prediction.plan.power_mode if prediction is not None and same else None
     data = profile_json(
         measured,
-        asked,
-        source=source.resolve().name,
+        opened.question,
+        source=opened.source,
         backend=backend.name,
         runtime=backend.describe(),
         prediction=prediction,

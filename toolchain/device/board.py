@@ -61,6 +61,16 @@ def read_board(root: Path = Path("/"), load: Loader = ctypes.CDLL) -> Board:
     )
 
 
+def machine_name(root: Path = Path("/")) -> str:
+    """What a board or processor is called: by the device tree, else by the kernel's list of processors."""
+    tree, listing = root / "proc/device-tree/model", root / "proc/cpuinfo"
+    if tree.is_file():
+        return tree.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
+    named = re.search(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE | re.IGNORECASE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
 def package_version(name: str, root: Path = Path("/")) -> str | None:
     """The version of an installed Debian package, from dpkg's own list; None where it is not installed."""
     path = root / "var/lib/dpkg/status"

@@ -108,7 +108,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of `count` values: median, median absolute deviation, tenth and ninetieth percentile, least."""
+    """Of `count` values: median, median absolute deviation, tenth and ninetieth percentile, least.
+
+    `mad` is the median of |value - median|, not scaled (times 1.4826 it estimates a normal distribution's standard
+    deviation); percentiles are interpolated linearly between the two nearest values. Decode's values are all tokens
+    after the first of all answers, pooled: their spread holds the growing context, too.
+    """
 
     median: float
     mad: float

@@ -1,10 +1,11 @@
 """profile.json and the table for people, from what was measured, predicted and sampled.
 
 {"format": "mgvq-profile", "format_version": 1, "tool_version", "measured": true,
- "source": what was profiled, "backend": name, "runtime": {name: version or setting},
+ "source": what was profiled, "bundle": its manifest's SHA-256 or null, "backend": name,
+ "runtime": {name: version or setting}, "machine": {"name", "l4t", "jetpack", "cuda", "gpu": {"name", "sm"} or null},
  "question": {"prompt", "picture": [width, height] or null, "prompt_tokens", "picture_tokens"},
  "settings": {"repeats", "warmup", "tokens"},
- "phases": [{"phase", "median", "mad", "p10", "p90", "least", "count", "graph_ms",    milliseconds; decode a token
+ "phases": [{"phase", "median", "mad", "p10", "p90", "least", "count", "graph_ms",    milliseconds; decode one token
              "predicted_ms", "predicted_low_ms", "predicted_high_ms", "ratio"}],      measured / predicted, or null
  "first_token": {"median", "mad", "p10", "p90", "least", "count"}, "tokens_per_s": from decode's median,
  "prediction": {"target", "power_mode", "same_device": was it measured on that board} or null,
@@ -12,6 +13,7 @@
              rows {"name", "part", "ms", "share", "layers"} that sum to total_ms, "unattributed" and "host" last;
              means over `runs` recorded runs (decode: the first tokens of an answer), `slowdown` times as long as the
              same runs took without recording
+             "mad" is not scaled, percentiles are interpolated, decode pools all tokens of all answers: `Spread`
  "telemetry": Telemetry.to_json() or null, "warnings": [sentences]}
 """
 
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolchain import __version__
+from toolchain.device.board import Gpu
 from toolchain.device.profile import PHASES, Measured, Question, Spread
 from toolchain.device.profile_layers import HOST, UNATTRIBUTED, Row, Tally
 from toolchain.roofline import LatencyPlan
@@ -48,11 +51,31 @@ class Prediction:
     same_device: bool
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where it ran; None where it was not found."""
+
+    name: str
+    l4t: str | None = None
+    jetpack: str | None = None
+    cuda: str | None = None
+    gpu: Gpu | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was profiled and where: its name for people, its manifest's hash if it is a bundle."""
+
+    name: str
+    bundle: str | None
+    machine: Machine
+
+
 def profile_json(
     measured: Measured,
     question: Question,
     *,
-    source: str,
+    source: Source,
     backend: str,
     runtime: Mapping[str, Any],
     prediction: Prediction | None,
@@ -65,7 +88,9 @@ def profile_json(
         "format_version": FORMAT_VERSION,
         "tool_version": __version__,
         "measured": True,
-        "source": source,
+        "source": source.name,
+        "bundle": source.bundle,
+        "machine": dataclasses.asdict(source.machine),
         "backend": backend,
         "runtime": dict(runtime),
         "question": {
@@ -167,7 +192,7 @@ def profile_text(data: Mapping[str, Any]) -> str:
     lines = [
         _head(data),
         "",
-        f"{'phase':<10}{'median':>10}{'± mad':>9}{'p10':>9}{'p90':>9}{'predicted':>12}{'ratio':>8}",
+        f"{'phase':<10}{'median':>10}{'mad':>9}{'p10':>9}{'p90':>9}{'predicted':>12}{'ratio':>8}",
     ]
     for row in data["phases"]:
         guess = f"{row['predicted_ms']:>12.2f}{row['ratio']:>8.2f}" if row["predicted_ms"] else f"{'–':>12}{'–':>8}"
@@ -190,7 +215,8 @@ def _head(data: Mapping[str, Any]) -> str:
     picture = "{}x{} picture".format(*question["picture"]) if question["picture"] else "no picture"
     versions = ", ".join(f"{key} {value}" for key, value in data["runtime"].items())
     return (
-        f"{data['source']} with {data['backend']} ({versions}): {question['prompt_tokens']} prompt tokens, {picture}, "
+        f"{data['source']} on {data['machine']['name']} with {data['backend']} ({versions}):\n"
+        f"{question['prompt_tokens']} prompt tokens, {picture}, "
         f"{data['settings']['tokens']} new tokens, {data['settings']['repeats']} repeats"
     )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from toolchain.bundle import Bundle
-from toolchain.device.board import read_board
+from toolchain.device.board import machine_name, read_board
 from toolchain.device.families.base import Host
 from toolchain.device.profile import Question
 from toolchain.device.profile_predict import geometry_from_plan, predict
-from toolchain.device.profile_result import Prediction
+from toolchain.device.profile_result import Machine, Prediction, Source
 from toolchain.target import Target
 from toolchain.values import BitPlan
 
@@ -31,6 +32,17 @@ def noise_picture(host_settings: Mapping[str, Any], bundle: Bundle | None) -> Im
         side = min(side, int(limit**0.5))
     noise = np.random.default_rng(0).integers(0, 256, size=(side, side, 3), dtype=np.uint8)
     return Image.fromarray(noise)
+
+
+def source_of(folder: Path, bundle: Bundle | None) -> Source:
+    """What is profiled, and this machine. A bundle's folder may be called anything, so it goes by family and target."""
+    name, digest = folder.resolve().name, None
+    if bundle is not None:
+        target = (bundle.manifest["target"] or {}).get("name", "no target")
+        family = bundle.read_json("processor/host.json")["family"]
+        name, digest = f"{family} for {target}", bundle.manifest["manifest_sha256"]
+    board = read_board()
+    return Source(name, digest, Machine(machine_name(), board.l4t, board.jetpack, board.cuda, board.gpu))
 
 
 def prediction_for(bundle: Bundle, host: Host, question: Question, backend: str, decoded: int) -> Prediction | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.models.family import read_json
+from toolchain.report.html import NONE, NOT_GATED
 from toolchain.values import BitPlan
 
 QUESTIONS_SHOWN = 12
@@ -25,7 +26,12 @@ def report_data(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "layers": _layers(plan, read_json(stages / "20-quantize" / "layers.json")["layers"]),
         "kept": dict(plan.kept),
         "validation": _taps(read_json(stages / "50-validate" / "validation.json")),
-        "versions": {"mgvq": record["tool_version"], **record["host"], **record["versions"]},
+        "versions": {
+            "run began": record["started"],
+            "mgvq": record["tool_version"],
+            **record["host"],
+            **record["versions"],
+        },
         "commands": [record["command"]],
     }
     planned = read_json(stages / "10-plan" / "memory.json")
@@ -38,13 +44,25 @@ def report_data(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
+_MODELS = {"fp": "fp is the model as given", "rtn": "rtn rounds each weight to nearest at the same bits"}
+
+
+def _names(accuracy: Mapping[str, Any]) -> str:
+    """What the short names of models mean, as a sentence."""
+    return "; ".join([*(text for name, text in _MODELS.items() if name in accuracy), "mgvq is this bundle"]) + "."
+
+
 def _headline(facts: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
     bits = facts["bits"]
     return {
         "accuracy": facts["accuracy"],
         "samples": len(answers["fp"]["answers"]),
-        "bits": {"index": bits["index"], "real, model": bits["model"], "real, decoder": bits["language"]},
-        "note": "exact answers to held-out questions; real bits count codes, padding, tables, scales, 16-bit tensors",
+        "bits": {
+            "of the indices alone": bits["index"],
+            "of the whole model, all counted": bits["model"],
+            "of the decoder, all counted": bits["language"],
+        },
+        "note": f"{_names(facts['accuracy'])} Counted are codes, padding, tables, scales and 16-bit tensors.",
     }
 
 
@@ -89,8 +107,8 @@ def _taps(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "tap": tap["tap"],
                     "relative error": f"{tap['relative']:.2e}",
                     "max abs": f"{tap['max_abs']:.2e}",
-                    "budget": f"{tap['budget']:g}" if gated else "not gated",
-                    "verdict": "pass" if tap["passed"] else "fail",
+                    "budget": f"{tap['budget']:g}" if gated else NONE,
+                    "verdict": ("pass" if tap["passed"] else "fail") if gated else NOT_GATED,
                 }
             )
     for answer in validation["answers"]:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a run's figures: inline style, inline SVG charts, pictures as data URIs.
+"""One self-contained HTML page from a run's figures: inline style, bars of plain elements, pictures as data URIs.
 
 `data` holds any of these; a section without data is left out, nothing is made up:
 
@@ -9,7 +9,7 @@
     kept           {tensor name: elements}                                 what stays in 16 bits
     memory         MemoryPlan.to_json(), with "advice": [{"text"}]
     latency        LatencyPlan.to_json()
-    validation     [{"verdict": "pass" | "fail", any other columns}]       in the order they are shown
+    validation     [{"verdict": "pass" | "fail" | "not gated", others}]    summed up by "compared" where rows have it
     questions      [{"image": path or bytes, "prompt", "expected", "answers": {name: text}}]
     engines        build.json
     versions       {name: version}
@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,14 @@ from toolchain import __version__
 from toolchain.errors import InputDataError, UsageError
 
 SECTIONS = (
-    *("headline", "parts", "layers", "kept", "memory", "latency"),
-    *("validation", "questions", "engines", "versions", "commands"),
+    *("headline", "parts", "memory", "latency", "questions", "validation"),
+    *("engines", "layers", "kept", "versions", "commands"),
 )
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
-
-_LABEL = 56
+ERRORS_SHOWN = 12
+NOT_GATED, NONE = "not gated", "none"  # verdict and budget of a comparison that is told and decides nothing
+_MEMORY = {"kept16": "kept in 16 bits", "kv": "keys and values"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def render_report(data: Mapping[str, Any]) -> str:
     if unknown:
         raise UsageError(f"report: sections {unknown} are not known; expected any of {', '.join(SECTIONS)}")
     sections = {name: data.get(name) or None for name in SECTIONS}
-    charts = {"errors": _layer_bars(data, "error"), "bits": _layer_bars(data, "bits"), "memory": _memory_bars(data)}
+    charts = {"errors": _error_bars(data), "bits": _bits_bars(data), "memory": _memory_bars(data)}
     template = environment().get_template("report.html.j2")
-    return template.render(title=data.get("title", "mgvq run"), tool_version=__version__, charts=charts, **sections)
+    title, checks = data.get("title", "mgvq run"), _checks(sections["validation"] or [])
+    return template.render(title=title, tool_version=__version__, charts=charts, checks=checks, **sections)
 
 
 def environment() -> Environment:
@@ -74,7 +77,9 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(size=size_text, share=share_text, number=number_text, picture=data_uri)
+    made.filters.update(
+        size=size_text, share=share_text, percent=percent_text, number=number_text, ms=ms_text, picture=data_uri
+    )
     return made
 
 
@@ -86,24 +91,50 @@ def write_report(data: Mapping[str, Any], path: Path) -> None:
 
 
 def bars(values: Sequence[tuple[str, float, str]]) -> list[Bar]:
-    """Bars from (label, value, text), lengths relative to the largest. Long labels keep their end."""
+    """Bars from (label, value, text), lengths relative to the largest."""
     longest = max((value for _, value, _ in values), default=0.0)
-    return [
-        Bar(label if len(label) <= _LABEL else "…" + label[1 - _LABEL :], text, value / longest if longest > 0 else 0.0)
-        for label, value, text in values
-    ]
+    return [Bar(label, text, value / longest if longest > 0 else 0.0) for label, value, text in values]
 
 
-def _layer_bars(data: Mapping[str, Any], key: str) -> list[Bar]:
-    layers = [x for x in data.get("layers") or [] if x.get(key) is not None]
-    if len({x[key] for x in layers}) == 1:
+def _error_bars(data: Mapping[str, Any]) -> list[Bar]:
+    layers = [x for x in data.get("layers") or [] if x.get("error") is not None]
+    worst = sorted(layers, key=lambda x: -x["error"])[:ERRORS_SHOWN]
+    return bars([(x["name"], float(x["error"]), percent_text(x["error"])) for x in worst])
+
+
+def _bits_bars(data: Mapping[str, Any]) -> list[Bar]:
+    layers = [x for x in data.get("layers") or [] if x.get("bits") is not None]
+    if len({x["bits"] for x in layers}) == 1:
         return []  # equal bars tell nothing that the table does not
-    return bars([(x["name"], float(x[key]), number_text(x[key])) for x in layers])
+    return bars([(x["name"], float(x["bits"]), number_text(x["bits"])) for x in layers])
 
 
 def _memory_bars(data: Mapping[str, Any]) -> list[Bar]:
     parts = (data.get("memory") or {}).get("parts", {})
-    return bars([(name.replace("_", " "), size, size_text(size)) for name, size in parts.items()])
+    return bars([(_MEMORY.get(name, name.replace("_", " ")), size, size_text(size)) for name, size in parts.items()])
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Validation in a row for each pair that was compared; empty where rows do not say what they compare."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "compared" in row:
+            groups.setdefault(row["compared"], []).append(row)
+    return [_check(name, found) for name, found in groups.items()]
+
+
+def _check(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    errors = [row["relative error"] for row in rows if "relative error" in row]
+    used = [float(row["relative error"]) / float(row["budget"]) for row in rows if row.get("budget", NONE) != NONE]
+    failed = sum(row["verdict"] == "fail" for row in rows)
+    gated = any(row["verdict"] != NOT_GATED for row in rows)
+    return {
+        "compared": name,
+        "places": len(rows),
+        "largest": max(errors, key=float, default="–"),
+        "used": f"{100 * max(used):.0f} %" if used else "–",
+        "verdict": f"fail: {failed}" if failed else "pass" if gated else NOT_GATED,
+    }
 
 
 def size_text(size: float) -> str:
@@ -116,6 +147,18 @@ def size_text(size: float) -> str:
 
 def share_text(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def percent_text(share: float) -> str:
+    """Three significant digits, for shares that may be small: "0.0537 %"."""
+    return f"{100 * share:.3g} %"
+
+
+def ms_text(value: float) -> str:
+    """Three significant digits without an exponent, at most four decimals: "1,460", "41.0", "0.0063"."""
+    if not value:
+        return "0"
+    return f"{value:,.{min(max(2 - math.floor(math.log10(abs(value))), 0), 4)}f}"
 
 
 def number_text(value: Any) -> str:

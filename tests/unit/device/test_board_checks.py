@@ -67,6 +67,13 @@ class TestReaders:
         place(tmp_path, "proc/meminfo", "MemAvailable:    1024 kB\n")
         assert boards.read_memory(tmp_path) == Memory(MIB, None, None)
 
+    def test_what_a_machine_is_called(self, tmp_path):
+        assert boards.machine_name(tmp_path)
+        place(tmp_path, "proc/cpuinfo", "processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz\nmodel name\t: Some CPU\n")
+        assert boards.machine_name(tmp_path) == "Some CPU @ 2.0GHz"
+        place(tmp_path, "proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
+        assert boards.machine_name(tmp_path) == "NVIDIA Jetson Orin Nano Developer Kit"
+
     def test_the_name_that_nvidia_smi_knows_a_gpu_by(self):
         def no_driver(name):
             raise OSError(f"{name}: cannot open shared object file")

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from toolchain.device import profile
+from toolchain.device.board import Gpu
 from toolchain.device.families.base import Prepared
 from toolchain.device.profile import GraphCall, Measured, Question, Settings, Spread, measure
 from toolchain.device.profile_layers import LayerTime
-from toolchain.device.profile_result import Prediction, profile_json, profile_text
+from toolchain.device.profile_result import Machine, Prediction, Source, profile_json, profile_text
 from toolchain.errors import UsageError
-from toolchain.report.profile import render_profile
+from toolchain.report.profile import _largest, render_profile
 from toolchain.roofline import LatencyPlan, Phase
 
 VOCABULARY = 11
@@ -114,6 +115,7 @@ class StubRecording:
         return self._layers
 
 
+SOURCE = Source("qwen2_vl for orin", "0123456789abcdef", Machine("Orin Developer Kit", "36.4.3", gpu=Gpu("Orin", "87")))
 PICTURE = Question("what?", Image.new("RGB", (8, 6)))
 
 
@@ -212,7 +214,7 @@ def measured(clock) -> Measured:
 
 def result(measured: Measured, prediction=None, telemetry=None) -> dict:
     data = profile_json(
-        measured, PICTURE, source="bundle", backend="stub", runtime={"stub": "1.0"}, prediction=prediction,
+        measured, PICTURE, source=SOURCE, backend="stub", runtime={"stub": "1.0"}, prediction=prediction,
         telemetry=telemetry,
     )  # fmt: skip
     assert json.loads(json.dumps(data)) == data  # JSON-clean
@@ -272,8 +274,21 @@ def test_page_is_self_contained_escaped_and_whole(measured):
     assert "http" not in page.replace("http-equiv", "")
     assert "<script" not in page
     assert "power mode 15W &lt;b&gt;" in page
-    for word in ("Where decode went", "unattributed", "61.5 °C", "3 MiB", "measured over predicted", "not known"):
-        assert word in page
+    for word in ("Where decode went", "unattributed", "61.5 °C", "3 MiB", "measured over predicted", "“what?”",
+                 "Not known: memory clock, median", "Orin Developer Kit · L4T 36.4.3 · Orin (SM 87)", "not scaled",
+                 "bundle 0123456789ab", "interpolated", "all tokens after the first"):  # fmt: skip
+        assert word in page, word
+
+
+def test_blocks_beyond_those_shown_are_summed_and_the_rest_of_the_time_stays_in_sight():
+    rows = [
+        {"name": f"model.layers.{i}", "part": "several", "ms": 50.0 - i, "share": 0.01, "layers": 1} for i in range(45)
+    ]
+    closing = [{"name": name, "part": name, "ms": 1.0, "share": 0.2, "layers": 0} for name in ("unattributed", "host")]
+    shown = _largest([*rows, *closing])
+    assert [row["name"] for row in shown[-3:]] == ["5 smaller ones", "unattributed", "host"]
+    assert sum(row["ms"] for row in shown) == pytest.approx(sum(row["ms"] for row in [*rows, *closing]))
+    assert _largest([*rows[:40], *closing]) == [*rows[:40], *closing]
 
 
 def test_page_without_prediction_and_telemetry(measured):

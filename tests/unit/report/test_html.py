@@ -14,7 +14,7 @@ from toolchain.advice import advise
 from toolchain.budget import Workload, plan_memory
 from toolchain.errors import InputDataError, UsageError
 from toolchain.report import render_report, write_report
-from toolchain.report.html import SECTIONS, bars, number_text, size_text
+from toolchain.report.html import SECTIONS, bars, ms_text, number_text, size_text
 from toolchain.roofline import plan_latency
 from toolchain.target import load_target
 
@@ -58,7 +58,7 @@ def data(tmp_path):
 class Outline(HTMLParser):
     """Section ids, and every address the page would load; fails on tags that do not nest."""
 
-    VOID = ("meta", "img", "link", "br", "rect")
+    VOID = ("meta", "img", "link", "br")
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_nothing_at_all_is_still_a_page():
 def test_text_is_escaped(data):
     page = render_report(data)
     assert "how many? &amp; &lt;b&gt;" in page
-    assert "<b>" not in page.split("Questions asked")[1].split("Engines")[0]
+    assert "<b>" not in page.split("Questions asked")[1].split("Validation")[0]
     assert "demo &lt;run&gt;" in page
 
 
@@ -126,7 +126,38 @@ def test_figures_and_verdicts_are_shown(data):
         "mgvq demo",
     ):
         assert text in page, text
-    assert page.count("<rect") >= 3 + 3  # one bar a layer and chart, and the memory parts
+    assert page.count('class="bar"') >= 3 + 3  # one bar a layer and chart, and the memory parts
+
+
+def test_of_many_layers_those_with_the_largest_errors_are_shown(data):
+    layers = [data["layers"][0] | {"name": f"layer{i:02}", "error": 0.0001 * i, "bits": 2 + i % 2} for i in range(40)]
+    page = render_report(data | {"layers": layers})
+    chart, details = page.split("the 12 largest of 40 layers")[1].split("<details>")[:2]
+    assert re.findall(r'class="label">(\w+)', chart) == [f"layer{i}" for i in range(39, 27, -1)]
+    assert "0.39 %" in chart
+    assert details.count('class="bar"') == 40  # bits, in the model's order
+
+
+def test_validation_is_summed_up_by_what_was_compared(data):
+    def row(compared, tap, error, verdict, budget="0.0001"):
+        return {"compared": compared, "tap": tap, "relative error": error, "budget": budget, "verdict": verdict}
+
+    rows = [row("a against b", f"layer{i}", f"{i}.00e-06", "pass") for i in range(9)]
+    rows += [row("c against b", "x", "2.00e-03", "fail"), row("c against b", "y", "1.00e-05", "pass", "0.1")]
+    rows += [row("d against e", "z", "1.00e-01", "not gated", "none"), {"compared": "answers", "verdict": "pass"}]
+    page = render_report(data | {"validation": rows})
+    summary = page.split('id="validation"')[1].split("<details>")[0]
+    shown = [re.sub(r"<[^>]+>", " ", line).split() for line in summary.splitlines() if line.startswith("<tr><th")]
+    assert [" ".join(words) for words in shown] == [
+        "a against b 9 8.00e-06 8 % pass",
+        "c against b 2 2.00e-03 2000 % fail: 1",
+        "d against e 1 1.00e-01 – not gated",
+        "answers 1 – – pass",
+    ]
+    assert re.search(r'<td class="pass">pass', summary)
+    assert '<td class="fail">fail: 1</td>' in summary
+    assert "<td>not gated</td>" in summary
+    assert "All 13 comparisons" in page
 
 
 def test_unknown_sections_and_bad_pictures_are_refused(data, tmp_path):
@@ -148,4 +179,6 @@ def test_numbers_for_people():
     assert [size_text(x) for x in (812, 3 << 20, 1_331_439_862)] == ["812 B", "3 MiB", "1.24 GiB"]
     assert [number_text(x) for x in (1234567, 0.123456, "a", True)] == ["1,234,567", "0.1235", "a", "True"]
     assert [bar.share for bar in bars([("a", 2.0, ""), ("b", 1.0, ""), ("c", 0.0, "")])] == [1.0, 0.5, 0.0]
-    assert bars([("x" * 80, 0.0, "")])[0].label == "…" + "x" * 55
+    assert [ms_text(x) for x in (1459.6, 146.31, 40.99, 0.71214, 0.00633, 0, -1.5)] == [
+        "1,460", "146", "41.0", "0.712", "0.0063", "0", "-1.50"
+    ]  # fmt: skip
