@@ -136,14 +136,13 @@ class EngineContext:
 
 
 def load_engines(trt: ModuleType, folder: Path, backend: str, bundle: Bundle) -> dict[str, LoadedEngine]:
-    """Every engine of a folder, by its graph's name.
+    """Every engine of a folder, by its graph's name; CUDA has to have started.
 
     Raises:
-        InputDataError: the folder has no build.json, was built from another bundle, or a file is not what it was.
-        EnvironmentMismatch: it was built by another backend or version, or an engine or the plugins do not load.
+        InputDataError: as `checked_build`, or a file is not what it was.
+        EnvironmentMismatch: as `checked_build`, or an engine or the plugins do not load.
     """
-    record = read_build(folder)
-    _check_record(record, folder, backend, trt.__version__, bundle)
+    record = checked_build(trt, folder, backend, bundle)
     log = collecting_logger(trt)
     if record.get("plugin"):
         path = folder / record["plugin"]["file"]
@@ -156,6 +155,18 @@ def load_engines(trt: ModuleType, folder: Path, backend: str, bundle: Bundle) ->
         _check_hash(path, entry["sha256"])
         engines[entry["graph"]] = LoadedEngine(trt, runtime, entry["graph"], path.read_bytes(), log)
     return engines
+
+
+def checked_build(trt: ModuleType, folder: Path, backend: str, bundle: Bundle) -> dict[str, Any]:
+    """build.json of a folder of engines that belong here, which is known without a GPU.
+
+    Raises:
+        InputDataError: the folder has no build.json, or was built from another bundle.
+        EnvironmentMismatch: it was built by another backend or version.
+    """
+    record = read_build(folder)
+    _check_record(record, folder, backend, trt.__version__, bundle)
+    return record
 
 
 def read_build(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from toolchain.device.backends import load_backend
 from toolchain.device.cuda import Cuda
 from toolchain.device.families.base import Host
 from toolchain.device.generate import Runner
-from toolchain.device.loaded_engines import LoadedEngine, load_engines
+from toolchain.device.loaded_engines import LoadedEngine, checked_build, load_engines
 from toolchain.device.profile import GraphCall
 from toolchain.device.profile_layers import LayerTime, origins_from_inspector
 from toolchain.device.runtime import SIDECAR, EngineRunner
@@ -122,6 +122,7 @@ class EngineBackend:
         Raises:
             EnvironmentMismatch, InputDataError, BudgetError: as `open_runner` of the runtime.
         """
+        checked_build(self._trt, self._engines, self.name, self._bundle)
         collector, cuda = LayerCollector(), OwnedCuda()
         loaded = load_engines(self._trt, self._engines, self.name, self._bundle)
         weights = self._bundle.path(SIDECAR) if self.name == "tensorrt" else None

@@ -25,7 +25,7 @@ from toolchain.device.backends import load_backend
 from toolchain.device.cuda import Cuda
 from toolchain.device.families.base import Feeds, Host
 from toolchain.device.generate import Logits, check_room
-from toolchain.device.loaded_engines import EngineContext, LoadedEngine, load_engines
+from toolchain.device.loaded_engines import EngineContext, LoadedEngine, checked_build, load_engines
 from toolchain.errors import InputDataError
 
 SIDECAR = "device/weights.safetensors"
@@ -44,6 +44,7 @@ def open_runner(
         BudgetError: memory does not suffice.
     """
     trt = load_backend(backend)
+    checked_build(trt, engines, backend, bundle)  # before a GPU is asked for: another machine may not help
     cuda = Cuda()
     loaded = load_engines(trt, engines, backend, bundle)
     weights = bundle.path(SIDECAR) if backend == "tensorrt" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from simulated_cuda import SimulatedCuda
 from simulated_tensorrt import Logger, SimulatedGraph, simulated_module
 
 from toolchain.bundle import write_bundle
-from toolchain.device import loaded_engines
+from toolchain.device import loaded_engines, profile_tensorrt, runtime
 from toolchain.device.loaded_engines import LoadedEngine, load_engines
 from toolchain.errors import EnvironmentMismatch, InputDataError
 from toolchain.values import sha256_file
@@ -72,6 +73,25 @@ def test_what_an_engine_has(trt, engines, bundle):
 def test_engines_of_another_build_are_refused(trt, engines, bundle, changes, kind, words):
     with pytest.raises(kind, match=words):
         load_engines(trt, engines(**changes), "tensorrt", bundle)
+
+
+def test_engines_that_are_not_the_bundles_are_refused_before_a_gpu_is_asked_for(trt, engines, bundle, monkeypatch):
+    def no_gpu():
+        raise EnvironmentMismatch("CUDA does not start")
+
+    folder = engines(bundle="0" * 64)
+    host = SimpleNamespace(settings={"decoder": {}}, axes=1)
+    for module, cuda in ((runtime, "Cuda"), (profile_tensorrt, "OwnedCuda")):
+        monkeypatch.setattr(module, "load_backend", lambda name: trt)
+        monkeypatch.setattr(module, cuda, no_gpu)
+    for given, words in ((folder, "were built from another bundle"), (folder.parent, "found none; run `mgvq build`")):
+        with pytest.raises(InputDataError, match=words):
+            runtime.open_runner(bundle, given, "tensorrt", host, 8)
+        with pytest.raises(InputDataError, match=words):
+            profile_tensorrt.EngineBackend(bundle, given, "tensorrt", host).open(8, layers=False)
+    engines()
+    with pytest.raises(EnvironmentMismatch, match="CUDA does not start"):
+        runtime.open_runner(bundle, folder, "tensorrt", host, 8)
 
 
 def test_a_changed_or_missing_file_is_refused(trt, engines, bundle):

@@ -152,6 +152,7 @@ def opened(monkeypatch):
         engines = {n: SimpleNamespace(name=n, layer_information=f) for n, f in information.items()}
         trt = SimpleNamespace(__version__="10.3.0", IProfiler=PlainProfiler)
         monkeypatch.setattr(profile_tensorrt, "load_backend", lambda name: trt)
+        monkeypatch.setattr(profile_tensorrt, "checked_build", lambda *_: {})
         monkeypatch.setattr(profile_tensorrt, "load_engines", lambda *_: engines)
         monkeypatch.setattr(profile_tensorrt, "OwnedCuda", lambda: OwnedCuda(bindings))
         monkeypatch.setattr(profile_tensorrt, "EngineRunner", Runner)
