@@ -134,6 +134,15 @@ def test_a_provider_that_is_absent_is_refused(finished, capsys):
     assert "onnxruntime-gpu" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--tokens", "5000"], ["--prompt", "word " * 5000]])
+def test_a_profile_beyond_the_planned_context_is_refused_before_anything_runs(finished, tmp_path, capsys, flags):
+    assert main(["profile", str(finished / "bundle"), "-o", str(tmp_path / "p"), *flags]) == 5
+    error = capsys.readouterr().err
+    assert "exceed the context of" in error
+    assert "planned for orin-nx-16gb" in error
+    assert not (tmp_path / "p").exists()
+
+
 def test_bundle_and_report_are_made_again(finished, tmp_path, capsys):
     code, found = call(capsys, "bundle", finished, "-o", tmp_path / "copy")
     assert code == 0

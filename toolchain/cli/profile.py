@@ -104,7 +104,7 @@ def _opened(
     """What the flags name; what is not there is refused before anything runs."""
     from toolchain.device.families.base import open_image
     from toolchain.device.profile import Question
-    from toolchain.device.profile_source import noise_picture, prediction_for, source_of
+    from toolchain.device.profile_source import check_question, noise_picture, prediction_for, source_of
 
     if not source.is_dir():
         raise InputDataError(f"{source} does not exist or is no folder; expected a bundle, or a checkpoint for torch")
@@ -119,6 +119,7 @@ def _opened(
     bundle = open_bundle(source)
     host = host_from_folder(bundle.folder / "processor")
     asked = Question(prompt, picture or noise_picture(host.settings, bundle))
+    check_question(bundle, host, asked, tokens)
     if backend is ProfileBackendName.ort:
         opened: Any = _onnxruntime(bundle.folder / "portable", host, provider)
     else:

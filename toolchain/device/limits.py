@@ -45,8 +45,8 @@ class Limits:
             raise BudgetError(
                 f"prompt of {prompt} tokens ({pictures} of pictures) and up to {new} new ones exceed the context of "
                 f"{self.context_tokens} planned for {self.planned_for}; shorten the prompt, start over (/reset in "
-                "mgvq chat), use smaller pictures, lower --max-new-tokens, or make the bundle again with a larger "
-                "plan.context"
+                "mgvq chat), use smaller pictures, ask for fewer new tokens (--max-new-tokens, or --tokens of mgvq "
+                "profile), or make the bundle again with a larger plan.context"
             )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from toolchain.bundle import Bundle
 from toolchain.device.board import machine_name, read_board
 from toolchain.device.families.base import Host
+from toolchain.device.limits import limits_from_bundle
 from toolchain.device.profile import Question
 from toolchain.device.profile_predict import geometry_from_plan, predict
 from toolchain.device.profile_result import Machine, Prediction, Source
@@ -43,6 +44,20 @@ def source_of(folder: Path, bundle: Bundle | None) -> Source:
         name, digest = f"{family} for {target}", bundle.manifest["manifest_sha256"]
     board = read_board()
     return Source(name, digest, Machine(machine_name(), board.l4t, board.jetpack, board.cuda, board.gpu))
+
+
+def check_question(bundle: Bundle, host: Host, question: Question, tokens: int) -> None:
+    """Refuse a question that the bundle is not planned for, before it takes the machine's memory.
+
+    Raises:
+        InputDataError: the picture is too large.
+        BudgetError: prompt and `tokens` new tokens exceed the context.
+    """
+    limits, prepared = limits_from_bundle(bundle, host.settings), host.prepare(question.picture, question.prompt)
+    of_pictures = sum(end - start for start, end in prepared.picture_places)
+    if question.picture_size is not None:
+        limits.check_picture("the picture", question.picture_size, of_pictures)
+    limits.check_context(prepared.length, of_pictures, tokens)
 
 
 def prediction_for(bundle: Bundle, host: Host, question: Question, backend: str, decoded: int) -> Prediction | None:
