@@ -149,18 +149,35 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def check_output(out: Path) -> None:
-    """Refuse an output folder that could not be written whole: a file, a folder with content, a path under a file.
+    """Refuse an output folder that could not be written whole: one with content, and what `check_place` refuses.
 
     Raises:
         UsageError: with what is in the way.
     """
     if out.is_dir() and any(out.iterdir()):
         raise UsageError(f"output {out}: the folder is not empty; name a new one, or empty it")
+    check_place(out)
+
+
+def check_place(out: Path) -> None:
+    """Refuse a path where no folder can be: a file, under a file, or where nothing can be made.
+
+    The last is tried and undone: permissions do not tell of read-only disks, quotas and root.
+
+    Raises:
+        UsageError: with what is in the way.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out}: is a file; name a folder")
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"output {out}: {above} is a file; name a path under a folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.", dir=above))
+    except OSError as error:
+        raise UsageError(
+            f"output {out}: {above} cannot be written to ({error.strerror}); name a folder that can be"
+        ) from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,9 @@ def test_outputs_in_use_are_refused_untouched(tmp_path):
     for name, message in (("file", "is a file"), ("full", "not empty"), ("file/out", "file is a file")):
         with pytest.raises(UsageError, match=message):
             check_output(tmp_path / name)
+    # Nothing can be made in /proc, whoever asks: an output that cannot be written is refused before any work.
+    with pytest.raises(UsageError, match=r"/proc cannot be written to \(.+\); name a folder"):
+        check_output(Path("/proc/new/out"))
     with pytest.raises(UsageError), staged_folder(tmp_path / "full"):
         pass
     assert (tmp_path / "full" / "file").read_text() == "x"

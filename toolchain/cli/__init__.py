@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         from toolchain.cli.absent import absent_package
 
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+            return _fail(f"error: {said}; free some, or write elsewhere", EnvironmentMismatch.exit_code)
         if isinstance(error, ModuleNotFoundError) and (absence := absent_package(error)):
             return _fail(f"error: {absence}", EnvironmentMismatch.exit_code)
         import traceback

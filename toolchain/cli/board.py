@@ -42,6 +42,11 @@ class Answering(str, Enum):
     tensorrt_rtx = "tensorrt_rtx"
 
 
+class Building(str, Enum):
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
+
+
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, as mgvq bundle or mgvq all writes it.")]
 AnsweringOption = Annotated[
     Answering, typer.Option("--backend", help="ort (onnxruntime, anywhere), or engines that mgvq build made.")
@@ -60,7 +65,9 @@ NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in to
 def build(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for NAME.engine and build.json.")],
-    backend: Annotated[str, typer.Option(help="tensorrt (on the board) or tensorrt_rtx (anywhere).")] = "tensorrt",
+    builder: Annotated[
+        Building, typer.Option("--backend", help="tensorrt (on the board) or tensorrt_rtx (anywhere).")
+    ] = Building.tensorrt,
     sm: Annotated[
         str | None, typer.Option(help="Compute capability for tensorrt_rtx, such as 86 (the default).")
     ] = None,
@@ -88,10 +95,9 @@ def build(
 ) -> None:
     """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
     from toolchain.bundle import open_bundle
-    from toolchain.device.backends import backend_named
     from toolchain.device.engine import BuildOptions, build_engines, check_arguments
 
-    backend_named(backend)
+    backend = builder.value
     if dense is not None and backend != "tensorrt_rtx":
         raise UsageError(f"--{'' if dense else 'no-'}dense has no effect with --backend {backend}; leave it out")
     check_arguments(output, backend, BuildOptions(sm, plugin, level))

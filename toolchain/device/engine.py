@@ -26,6 +26,7 @@ from toolchain.device.board import Board, Memory, read_board, read_memory
 from toolchain.device.builder import Builder, BuilderOptions, BuiltNetwork, MemoryWatch, Progress, Shapes
 from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, read_plan, vq_nodes
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
+from toolchain.folders import check_place
 from toolchain.values import sha256_file, write_json
 
 Profiles = Mapping[str, Shapes]  # graph, or graph.second-profile → shapes
@@ -190,8 +191,7 @@ def check_arguments(out: Path, backend: str, options: BuildOptions) -> None:
         UnsupportedError, UsageError: see `build_engines`.
     """
     backend_named(backend)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"output {out} is a file; choose a folder for the engines")
+    check_place(out)
     if backend == "tensorrt" and options.sm is not None:
         raise UsageError("an SM can be chosen with backend tensorrt_rtx only; tensorrt builds for the GPU it runs on")
     if backend == "tensorrt_rtx" and options.plugin_library is not None:

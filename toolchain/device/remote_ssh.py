@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolchain.errors import EnvironmentMismatch, UsageError
+from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 
 CONNECT_SECONDS = 10
 ALIVE_SECONDS = 15  # a board that does not answer for four times this long is taken for gone
@@ -26,7 +26,10 @@ _REFUSALS = (
     ("permission denied", "the login is refused: ssh-copy-id {host}, or load the key with ssh-add"),
     ("too many authentication", "the login is refused: name one key with IdentityFile in ~/.ssh/config"),
     ("could not resolve", "its name is not known: check the name, or add it to ~/.ssh/config"),
-    ("connection refused", "no ssh server answers there: sudo apt install openssh-server on the board"),
+    (
+        "connection refused",
+        "no ssh server answers there: check the port (~/.ssh/config), or sudo apt install openssh-server on the board",
+    ),
     ("timed out", "it does not answer: check that the board is on and in this network"),
     ("no route to host", "it does not answer: check that the board is on and in this network"),
 )
@@ -40,6 +43,7 @@ class Connection:
 
         Raises:
             UsageError: the host is not NAME or USER@NAME.
+            InputDataError: the configuration is not there.
             EnvironmentMismatch: ssh or rsync is not installed here.
         """
         if not _HOST.match(host):
@@ -49,6 +53,8 @@ class Connection:
                 raise EnvironmentMismatch(
                     f"--host needs {tool} here, found none; sudo apt install openssh-client rsync"
                 )
+        if config is not None and not config.is_file():
+            raise InputDataError(f"{config} does not exist; check --ssh-config")
         self.host = host
         self._was_there = False
         # Short, because a socket's path has little more than a hundred characters.

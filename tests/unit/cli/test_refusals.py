@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -167,8 +168,33 @@ def test_no_bundle(refused, tmp_path):
 
 
 def test_unknown_backend_and_flag_without_effect(refused, bundle, tmp_path):
-    refused(3, "backend 'tensorflow' is not known", "build", bundle, "--backend", "tensorflow", "-o", tmp_path / "e")
+    for verb in (["build", bundle, "-o", tmp_path / "e"], ["profile", bundle, "-o", tmp_path / "e"],
+                 ["run", bundle, "--prompt", "?"]):  # fmt: skip
+        refused(2, "'tensorflow' is not one of", *verb, "--backend", "tensorflow")
     refused(2, "--dense has no effect", "build", bundle, "--backend", "tensorrt", "--dense", "-o", tmp_path / "e")
+
+
+@pytest.mark.parametrize("verb", [["build", "--backend", "tensorrt_rtx"], ["build"], ["profile"]])
+def test_an_output_that_cannot_be_written(refused, bundle, tmp_path, verb):
+    (tmp_path / "file").write_text("mine")
+    for out, words in ((tmp_path / "file" / "sub", "is a file"), ("/proc/x/y", "/proc cannot be written to")):
+        refused(2, words, *verb, bundle, "-o", out)
+        refused(2, words, *verb, bundle, "-o", out, "--host", "nobody@127.0.0.1")
+
+
+def test_a_full_disk_is_no_failure_of_ours(monkeypatch, capsys, bundle):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/out")
+
+    monkeypatch.setattr("toolchain.bundle.open_bundle", full)
+    assert main(["run", str(bundle), "--prompt", "?"]) == 6
+    error = capsys.readouterr().err
+    assert error == "error: /data/out: No space left on device; free some, or write elsewhere\n"
+
+
+def test_an_ssh_configuration_that_is_not_there(refused, bundle, tmp_path):
+    command = ("build", bundle, "-o", tmp_path / "e", "--host", "board", "--ssh-config", tmp_path / "none")
+    refused(7, "none does not exist; check --ssh-config", *command)
 
 
 def test_nothing_to_inspect(refused, tmp_path):

@@ -78,7 +78,9 @@ def test_a_host_where_nothing_listens_is_refused(server, over_ssh, bundle, tmp_p
         odd = server.with_name("closed_config")
         lines = [f"  Port {taken.getsockname()[1]}" if "Port" in x else x for x in server.read_text().splitlines()]
         odd.write_text("\n".join(lines))
-        with pytest.raises(EnvironmentMismatch, match="no ssh server answers there"):
+        with pytest.raises(
+            EnvironmentMismatch, match=r"no ssh server answers there: check the port .*, or sudo apt install"
+        ):
             run(replace(over_ssh, options=replace(over_ssh.options, ssh_config=odd)), "copy", bundle, tmp_path / "out")
 
 
