@@ -40,6 +40,7 @@ class SimulatedCuda:
         self.calls: list[str] = []
         self.graphs: list[list] = []
         self.recording: list | None = None
+        self.alive = 0  # graphs ready to be launched
 
     def enqueue(self, name: str, work) -> None:
         """Do what was enqueued, or record it while a capture is on."""
@@ -110,7 +111,12 @@ class SimulatedCuda:
         return Status.success, graph
 
     def cudaGraphInstantiate(self, graph, flags):
+        self.alive += 1
         return Status.success, graph
+
+    def cudaGraphExecDestroy(self, graph):
+        self.alive -= 1
+        return (Status.success,)
 
     def cudaGraphDestroy(self, graph):
         return (Status.success,)

@@ -1,7 +1,8 @@
 """A stand-in for TensorRT's runtime: engines that compute a graph on the CPU from and to the addresses they are given.
 
 It refuses what TensorRT refuses: addresses that are not aligned or not allocated, shapes outside the profile, a capture
-right after shapes changed. It shows that the runtime feeds and binds engines rightly; it says nothing of a GPU.
+right after shapes changed, and what TensorRT would answer wrongly: a graph whose context has had other shapes since it
+was captured. It shows that the runtime feeds and binds engines rightly; it says nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Context:
     addresses: dict = field(default_factory=dict)
     changed: bool = True
     output_shapes: dict = field(default_factory=dict)
+    told: int = 0  # how often a shape or an address was given
 
     def set_optimization_profile_async(self, index, stream):
         self.profile = index
@@ -118,10 +120,12 @@ class Context:
 
     def set_tensor_address(self, name, pointer):
         assert pointer % ALIGNMENT == 0, f"{name} at {pointer:#x}"
+        self.told += 1
         self.addresses[name] = pointer
         return True
 
     def set_input_shape(self, name, shape):
+        self.told += 1
         low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high)):
             return False
@@ -150,6 +154,8 @@ class Context:
         shapes, addresses = self._all_shapes(), dict(self.addresses)
 
         def work():
+            # What a context keeps on the device for its shapes is part of no graph.
+            assert shapes == self._all_shapes(), "the context has had other shapes since this graph was captured"
             feeds = {name: self._view(name, addresses[name], shape).copy() for name, shape in shapes.items()}
             for name, array in self.engine.graph.compute(feeds).items():
                 view = self._view(name, addresses[name], array.shape)

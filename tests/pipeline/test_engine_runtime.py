@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from simulated_cuda import SimulatedCuda
-from simulated_tensorrt import Engine, SimulatedGraph
+from simulated_tensorrt import Context, Engine, SimulatedGraph
 
 from toolchain.bundle import write_bundle
 from toolchain.device.chat import Conversation
@@ -106,7 +106,7 @@ def test_tokens_equal_onnxruntimes(engines, portable, host):
     assert talk(runner, host) == talk(exact, host)
     assert runner.length == exact.length > BUCKETS[0]
     assert cuda.calls.count("launch") > 5
-    assert len(cuda.graphs) >= 2, "a graph for each length of past that was stepped through"
+    assert len(cuda.graphs) >= 2, "captured anew for each length of past that was stepped through"
 
 
 def test_logits_equal_those_of_the_exact_cache(engines, portable, host):
@@ -134,6 +134,7 @@ def test_a_decode_step_is_one_launch_and_one_move_of_keys_and_values(engines, ho
     runner, cuda = engine_runner(engines, host)
     prepared = host.prepare(None, "Read row 1.")
     runner.extend(prepared.input_ids, np.zeros((0, 0), np.float32), prepared.positions)
+    contexts = [runner.contexts[name].native for name in ("embed.decode", "decoder.decode")]
     steps = []
     for step in range(4):
         del cuda.calls[:]
@@ -144,6 +145,10 @@ def test_a_decode_step_is_one_launch_and_one_move_of_keys_and_values(engines, ho
     assert steps[0] == ["run", "run", "copy2d"]
     assert steps[1] == ["run", "run", "launch", "copy2d"]
     assert steps[2] == steps[3] == ["launch", "copy2d"]
+    # A context that is told a shape or an address again may take it for a change, which a capture would record.
+    told = [context.told for context in contexts]
+    runner.extend(prepared.input_ids[-1:], np.zeros((0, 0), np.float32), np.full((host.axes, 1), runner.length))
+    assert told == [context.told for context in contexts]
 
 
 def test_a_watched_runner_waits_for_every_call_and_launches_nothing(engines, portable, host):
@@ -176,6 +181,37 @@ def test_going_back_gives_the_same_again(engines, host):
     runner.truncate(4)
     again = runner.extend(prepared.input_ids[4:], nothing, prepared.positions[:, 4:])
     np.testing.assert_allclose(again, first, atol=1e-4)
+
+
+def test_a_graph_is_launched_only_while_its_contexts_have_the_shapes_it_was_captured_with(engines, portable, host):
+    """Stepped through two lengths of past and back: captured anew, and the graph before it is given back."""
+    runner, cuda = engine_runner(engines, host)
+    exact = GraphRunner(portable, host.settings["decoder"], host.axes, 160)
+    prepared, logits = host.prepare(None, "Read row 1."), []
+    nothing = np.zeros((0, 0), np.float32)
+    for each in (runner, exact):
+        each.extend(prepared.input_ids, nothing, prepared.positions)
+        start = each.length
+        for length in (*range(start, BUCKETS[0] + 6), *range(start, start + 4)):
+            each.truncate(length)
+            logits.append(each.extend(prepared.input_ids[-1:], nothing, np.full((host.axes, 1), length)))
+    half = len(logits) // 2
+    np.testing.assert_allclose(logits[:half], logits[half:], atol=1e-4)
+    assert len(cuda.graphs) == 3
+    assert cuda.alive == 1
+
+
+def test_a_context_that_cannot_be_captured_runs_plainly(engines, host, monkeypatch):
+    """TensorRT for RTX says so of a context whose kernels it still compiles."""
+    monkeypatch.setattr(Context, "is_stream_capturable", lambda self, stream: False, raising=False)
+    runner, cuda = engine_runner(engines, host)
+    prepared = host.prepare(None, "Read row 1.")
+    runner.extend(prepared.input_ids, np.zeros((0, 0), np.float32), prepared.positions)
+    for step in range(4):
+        positions = np.full((host.axes, 1), prepared.next_position + step)
+        runner.extend(prepared.input_ids[-1:], np.zeros((0, 0), np.float32), positions)
+    assert "launch" not in cuda.calls
+    assert cuda.calls.count("run") == 2 + 2 * 4
 
 
 def test_more_than_there_is_room_for_is_refused(engines, host):

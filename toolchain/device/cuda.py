@@ -130,6 +130,10 @@ class Cuda:
     def launch(self, graph: Any) -> None:
         self._call("cudaGraphLaunch", graph, self._stream)
 
+    def free_graph(self, graph: Any) -> None:
+        """Give back what `capture` made; a launch of it that is under way ends first."""
+        self._call("cudaGraphExecDestroy", graph)
+
     def _call(self, name: str, *arguments: Any) -> Any:
         found, value = self._try(name, *arguments)
         self._check(name, found)

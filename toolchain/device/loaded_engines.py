@@ -125,6 +125,14 @@ class EngineContext:
             )
         return shape
 
+    def can_capture(self, stream: int) -> bool:
+        """Whether `run` may stand in a CUDA graph with the shapes it ran with last; true where the library has no say.
+
+        TensorRT for RTX compiles kernels at run time, and a context may then allocate or wait.
+        """
+        asked = getattr(self.native, "is_stream_capturable", None)
+        return asked is None or bool(asked(stream))
+
     def run(self, stream: int) -> None:
         """Enqueue on the stream.
 

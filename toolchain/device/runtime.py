@@ -1,11 +1,12 @@
-"""Generation with engines: buffers made once, keys and values in place, decode as a CUDA graph a bucket.
+"""Generation with engines: buffers made once, keys and values in place, decode as a CUDA graph.
 
 activations   one block for all contexts, as large as the largest engine needs, because they run one after another
 weights       uploaded once from the sidecar, bound as inputs of every context that reads them
 keys, values  [layer, key|value, place, kv heads x head size], one block; `past.*` are the first places of a layer,
               `present.*` are bound at the end of what is filled, so that nothing is joined or copied
-one token     embed and decoder with fixed pointers and shapes, captured as a CUDA graph for each length of past;
-              `present.*` go to a staging row there, which one 2D copy moves to their places
+one token     embed and decoder with fixed pointers and shapes, captured as a CUDA graph, anew for another length of
+              past: a context keeps state of its shapes on the device, so that a graph holds while they do
+              (NVIDIA/TensorRT issue 3798); `present.*` go to a staging row, which one 2D copy moves to their places
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class EngineRunner:
         self._plan, self._hidden = CachePlan.from_settings(decoder), decoder["hidden"]
         self._capacity = min(capacity, self._plan.buckets[-1])
         self._length = 0
-        self._graphs: dict[int, Any] = {}
-        self._ran: int | None = None  # the length of past that the decode contexts ran with last
+        self._ran: int | None = None  # the length of past that the decode contexts have their shapes for
+        self._graph: Any = None  # of a step with that length, once it was captured
         self._activation_bytes = max(engine.memory_bytes for engine in engines.values())
         self._activations = cuda.allocate(self._activation_bytes, "activations of the engines")
         self._cache = self._make_cache(decoder["cache"])
@@ -153,7 +154,9 @@ class EngineRunner:
             past = self._plan.past_length(self._length)
             pointer = self._buffers["embed", "inputs_embeds"] + start * row
             decoder.bind("inputs_embeds", pointer, (1, count, self._hidden))
-            self._send_places(decoder, positions[:, start : start + count], past)
+            mask, places = self._places(positions[:, start : start + count], past)
+            self._send(decoder, "attention_mask", mask)
+            self._send(decoder, "position_ids", places)
             staged = self._bind_cache(decoder, past, count)
             self._run(decoder)
             if staged:
@@ -162,26 +165,42 @@ class EngineRunner:
             self._cuda.synchronize()  # the next chunk's mask goes where this one's is
 
     def _step(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        """One token: the same pointers and shapes for every step of a length of past."""
+        """One token: the same pointers and shapes for every step of a length of past, which are told once."""
         embed, decoder = self.contexts["embed.decode"], self.contexts["decoder.decode"]
         past = self._plan.past_length(self._length)
-        self._send(embed, "input_ids", ids[None])
-        self._send_places(decoder, positions, past)
-        if past in self._graphs:
-            self._cuda.launch(self._graphs[past])
-            self._ran = None  # the contexts' shapes may be of another length now
-        elif self._watch is None and self._ran == past:
-            # Captured from the second step on: the first, with new shapes, may allocate, which a capture refuses.
-            self._graphs[past] = self._cuda.capture(self._run_step)
-            self._cuda.launch(self._graphs[past])
-        else:
-            embed.bind("image_features", self._buffers["embed", "image_features"], (0, self._hidden))
-            decoder.bind("inputs_embeds", self._buffers["embed", "inputs_embeds"], (1, 1, self._hidden))
-            self._bind_cache(decoder, past, 1, always_stage=True)
+        mask, places = self._places(positions, past)
+        feeds = [(embed, "input_ids", ids[None]), (decoder, "attention_mask", mask), (decoder, "position_ids", places)]
+        is_new = self._ran != past
+        if is_new:
+            self._shape_step(past, {name: array.shape for _, name, array in feeds})
+        for context, name, array in feeds:
+            self._fill(context, name, array)
+        if is_new or (self._graph is None and not self._can_capture()):
             self._run_step()
-            self._ran = past
+        else:
+            # Captured from the second step on: the first, with new shapes, may allocate, which a capture refuses.
+            self._graph = self._graph or self._cuda.capture(self._run_step)
+            self._cuda.launch(self._graph)
         self._unstage(1)
         self._length += 1
+
+    def _shape_step(self, past: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Give the decode contexts the shapes and pointers of a length of past; a graph of other shapes goes."""
+        embed, decoder = self.contexts["embed.decode"], self.contexts["decoder.decode"]
+        if self._graph is not None:
+            self._cuda.free_graph(self._graph)
+            self._graph = None
+        for context, names in ((embed, ("input_ids",)), (decoder, ("attention_mask", "position_ids"))):
+            for name in names:
+                context.bind(name, self._buffers[context.engine.name, name], shapes[name])
+        embed.bind("image_features", self._buffers["embed", "image_features"], (0, self._hidden))
+        decoder.bind("inputs_embeds", self._buffers["embed", "inputs_embeds"], (1, 1, self._hidden))
+        self._bind_cache(decoder, past, 1, always_stage=True)
+        self._ran = past
+
+    def _can_capture(self) -> bool:
+        contexts = (self.contexts["embed.decode"], self.contexts["decoder.decode"])
+        return self._watch is None and all(context.can_capture(self._cuda.stream) for context in contexts)
 
     def _run_step(self) -> None:
         self._run(self.contexts["embed.decode"])
@@ -200,16 +219,20 @@ class EngineRunner:
 
     def _send(self, context: EngineContext, name: str, array: NDArray) -> None:
         """Upload an input to its buffer, in the engine's type, and set its shape."""
-        tensor, pointer = context.engine.tensors[name], self._buffers[context.engine.name, name]
-        context.bind(name, pointer, array.shape)  # first: it refuses what the buffer would not hold
-        self._cuda.upload(pointer, array.astype(tensor.dtype, copy=False))
+        # First the shape: it refuses what the buffer would not hold.
+        context.bind(name, self._buffers[context.engine.name, name], array.shape)
+        self._fill(context, name, array)
 
-    def _send_places(self, context: EngineContext, positions: NDArray[np.int64], past: int) -> None:
-        """Mask (what is filled of the past, and the new tokens) and positions of a call."""
+    def _fill(self, context: EngineContext, name: str, array: NDArray) -> None:
+        """Upload an input whose shape and buffer the context knows, in the engine's type."""
+        dtype = context.engine.tensors[name].dtype
+        self._cuda.upload(self._buffers[context.engine.name, name], array.astype(dtype, copy=False))
+
+    def _places(self, positions: NDArray[np.int64], past: int) -> tuple[NDArray, NDArray]:
+        """Mask (what is filled of the past, and the new tokens) and positions of a call, in the graph's shapes."""
         mask = np.ones((1, past + positions.shape[1]), dtype=np.int64)
         mask[:, self._length : past] = 0
-        self._send(context, "attention_mask", mask)
-        self._send(context, "position_ids", positions[:, None] if self._axes > 1 else positions)
+        return mask, positions[:, None] if self._axes > 1 else positions
 
     def _bind_cache(self, context: EngineContext, past: int, count: int, always_stage: bool = False) -> bool:
         """Bind `past.*` and `present.*`; true where present goes to the staging rows and has to be moved."""
