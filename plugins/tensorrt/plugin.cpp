@@ -87,8 +87,8 @@ int32_t VQPlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_
     if (input_count < kMostTensors && output_count == 1) describe(inputs, input_count, outputs[0], tensors);
     check(tensors, input_count, output_count);
     const int64_t tokens = tokens_of(attributes_, tensors[0]);
+    // Not the tactic: on the way to another profile TensorRT may name that profile's tactic after its shapes.
     check_range(attributes_, {tokens, tokens, tokens}, device());
-    workspace_for(attributes_, tactic_, tokens, device());
     input_count_ = input_count;
     return 0;
   });

@@ -2,10 +2,11 @@
 //
 //     build   createPlugin, getOutputShapes, supportsFormatCombination, then a profile at a time: configurePlugin,
 //             getValidTactics, getWorkspaceSize
-//     run     createPlugin (serialized fields), attachToContext, setTactic, onShapeChange, enqueue
+//     run     createPlugin (serialized fields), attachToContext, setTactic and onShapeChange in either order, enqueue
 //
-// What can be refused is refused before enqueue. What enqueue alone can know it still checks: alignment of the pointers
-// bound to codes (16 bytes), table (16) and the others (their element), and the status of every launch.
+// What can be refused is refused before enqueue. What enqueue alone can know it still checks: that the tactic suits the
+// shapes, alignment of the pointers bound to codes (16 bytes), table (16) and the others (their element), and the status
+// of every launch.
 //
 // enqueue only launches on its stream: no allocation, no synchronization, so it may be captured in a CUDA graph. One
 // object serves one execution context at a time, as TensorRT uses it.
