@@ -137,8 +137,17 @@ def test_int8_is_allowed_where_it_was_asked_for_and_has_kernels():
         plugin_attributes(gs.Graph(nodes), *asked)
         return {each.name: each.attrs["allow_int8"] for each in nodes if "allow_int8" in each.attrs}
 
-    assert allowed(()) == {}
-    assert allowed((True,)) == {"VQLinear4": 1}
+    # Written where it is 0 too: for a field that a node lacks, TensorRT's parser warns that the build may fail.
+    assert allowed(()) == {"VQLinear4": 0, "VQLinear2": 0}
+    assert allowed((True,)) == {"VQLinear4": 1, "VQLinear2": 0}
+
+
+def test_a_device_node_has_every_field_that_its_plugins_creator_lists(device):
+    for name in GRAPHS:
+        for node in onnx.load(device[0] / f"{name}.onnx").graph.node:
+            if node.domain == vq_op.DOMAIN:
+                asked = {x.name for x in vq_op.ATTRIBUTES} | ({"allow_int8"} if node.op_type == "VQLinear" else set())
+                assert {x.name for x in node.attribute} == asked | {"plugin_version", "plugin_namespace"}
 
 
 def test_a_device_form_allows_int8_only_where_its_options_do(tiny_reference, device, tmp_path):
