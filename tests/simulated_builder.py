@@ -35,6 +35,7 @@ class SimulatedBoard:
     creators: tuple[str, ...] = ("VQLinear", "VQEmbedding")
     loads: bool = True
     dropped: tuple[str, ...] = ()  # layers that are in the network and not in the engine
+    registered: bool = False  # the creators, by a library that was loaded
     events: list[str] = field(default_factory=list)
     configs: list[Config] = field(default_factory=list)
     graphs: dict[str, SimulatedGraph] = field(default_factory=dict)
@@ -60,11 +61,14 @@ class SimulatedBoard:
 
     def load_library(self, path):
         self.events.append(f"load {Path(path).name}")
-        return object() if self.loads else None
+        if self.registered or not self.loads:  # as NvInferRuntimeCommon.h says of creators that are there already
+            return None
+        self.registered = True
+        return object()
 
     def get_creator(self, name, version, namespace):
         assert (version, namespace) == ("1", "")
-        if name not in self.creators:
+        if not self.registered or name not in self.creators:
             return None
         return SimpleNamespace(create_plugin=lambda case, fields, phase: (name, fields))
 

@@ -30,6 +30,7 @@ RECORD = "plugin.json"
 SOURCES = "plugins"
 CARRIED = "libraries/libraries.json"
 TARGET = "mgvq_plugin"
+CREATORS = ("VQLinear", "VQEmbedding")
 _NO_HEADERS = "mgvq plugin: not built, no TensorRT headers"  # plugins/tensorrt/CMakeLists.txt
 
 
@@ -147,15 +148,23 @@ def load_into(trt: ModuleType, log: Any, library: Path) -> None:
     """Load a plugin library and register its creators in the empty namespace.
 
     Raises:
-        EnvironmentMismatch: it does not load, or the creators are not there afterwards.
+        EnvironmentMismatch: it does not load, this process has creators of these names already, or they are not there
+            afterwards.
     """
     registry = trt.get_plugin_registry()
-    if registry.load_library(os.fspath(library.resolve())) is None:
+    handle, said = registry.load_library(os.fspath(library.resolve())), log.last()
+    # Asked for afterwards alone: TensorRT logs an error for a name that is not there.
+    registered = [name for name in CREATORS if registry.get_creator(name, "1", "") is not None]
+    if handle is None and registered:
         raise EnvironmentMismatch(
-            f"plugin library {library} does not load ({log.last()}); build it against this TensorRT ({trt.__version__})"
+            f"plugin library {library}: this process has registered {registered[0]} already, and TensorRT keeps the "
+            "first of a name; start a new process for each library"
         )
-    missing = [name for name in ("VQLinear", "VQEmbedding") if registry.get_creator(name, "1", "") is None]
-    if missing:
+    if handle is None:
+        raise EnvironmentMismatch(
+            f"plugin library {library} does not load ({said}); build it against this TensorRT ({trt.__version__})"
+        )
+    if missing := sorted(set(CREATORS) - set(registered)):
         raise EnvironmentMismatch(
             f"plugin library {library}: expected creators of {', '.join(missing)}, version 1, empty namespace, found "
             "none; build it from the bundle's sources"

@@ -101,6 +101,14 @@ class TestPluginRefusals:
         simulated(loads=False)
         self.refused(EnvironmentMismatch, "does not load .*against this TensorRT", bundle, tmp_path / "e", given, 6)
 
+    def test_a_process_that_has_our_plugins_already(self, simulated, bundle, given, tmp_path):
+        """Not the library's fault, and nothing that another compilation would mend."""
+        board = simulated()
+        build(bundle, tmp_path / "first", given)
+        words = "this process has registered VQLinear already, and TensorRT keeps the first.*new process"
+        self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", given, 6)
+        assert "build decoder" not in board.events[board.events.index("build vision") :]
+
     def test_a_library_without_our_creators(self, simulated, bundle, given, tmp_path):
         simulated(creators=("VQLinear",))
         words = "expected creators of VQEmbedding, version 1, empty namespace"
