@@ -91,8 +91,17 @@ class Builder:
         """Each warning once, in the order they came."""
         return list(dict.fromkeys(self.log.warnings))
 
-    def build(self, name: str, path: Path, profiles: Sequence[Shapes], out: Path) -> BuiltNetwork:
+    def build(
+        self,
+        name: str,
+        path: Path,
+        profiles: Sequence[Shapes],
+        out: Path,
+        check: Callable[[Sequence[str]], None] | None = None,
+    ) -> BuiltNetwork:
         """Parse one graph and build it, with one optimization profile for each of `profiles`; the plan goes to `out`.
+
+        `check` is given the names of the plugin layers before the build, which it may refuse.
 
         Raises:
             InputDataError: the parser or the builder refuses the graph, or a profile does not suit its inputs.
@@ -103,6 +112,8 @@ class Builder:
         self._parse(name, path, network)
         layers = [network.get_layer(i) for i in range(network.num_layers)]
         plugins = tuple(layer.name for layer in layers if str(layer.type).rpartition(".")[2].startswith("PLUGIN"))
+        if check is not None:
+            check(plugins)
         self._check_profiles(name, network, profiles)
         plan = self.build_network(name, network, profiles)
         out.write_bytes(memoryview(plan))

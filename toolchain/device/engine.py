@@ -23,7 +23,7 @@ from typing import Any
 from toolchain.bundle import Bundle
 from toolchain.device.backends import BACKENDS, DEFAULT_SM, backend_named, load_backend
 from toolchain.device.board import Board, Memory, read_board, read_memory
-from toolchain.device.builder import Builder, BuilderOptions, BuiltNetwork, MemoryWatch, Progress, Shapes
+from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes
 from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, read_plan, vq_nodes
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 from toolchain.folders import check_place
@@ -257,8 +257,9 @@ class _Build:
         """One engine in the folder `building`, checked for its plugin nodes, and its dense twin's size if asked for."""
         self.say(f"{name}: {path.name}")
         file = building / f"{name}.engine"
-        built = builder.build(name, path, profiles, file)
-        self._check_plugin_layers(name, built, builder, file)
+        built = builder.build(name, path, profiles, file, lambda plugins: self._check_plugin_layers(name, plugins))
+        if self.expected is not None:
+            self._say_unnamed(name, built.plugin_layers, builder, file)
         dense = None
         if name in self.options.dense:
             twin = building / f"{name}.dense"
@@ -319,24 +320,24 @@ class _Build:
         check_plugins(self.trt, builder, Cuda(), cases)
         self.cases = len(cases)
 
-    def _check_plugin_layers(self, name: str, built: BuiltNetwork, builder: Builder, file: Path) -> None:
-        """Refuse an engine in which a VQ node is not the plugin's, because a function body won, or a layer is gone."""
-        if self.expected is None:
-            return
-        if (wanted := self.expected.get(name)) is None or wanted != len(built.plugin_layers):
+    def _check_plugin_layers(self, name: str, plugins: Sequence[str]) -> None:
+        """Refuse a parsed graph in which a VQ node did not become the plugin, as where a function body won."""
+        if self.expected is not None and (wanted := self.expected.get(name)) != len(plugins):
             raise EnvironmentMismatch(
                 f"graph {name}: expected {wanted} plugin layers, one a VQ node, TensorRT {self.trt.__version__} made "
-                f"{len(built.plugin_layers)}; make the bundle again with this version of mgvq"
+                f"{len(plugins)}; make the bundle again with this version of mgvq"
             )
+
+    def _say_unnamed(self, name: str, plugins: Sequence[str], builder: Builder, file: Path) -> None:
+        """Warn of plugins that the engine does not name: on newer GPUs TensorRT may take them into larger layers."""
         from toolchain.device.loaded_engines import LoadedEngine
 
         runtime = self.trt.Runtime(builder.log)
         information = LoadedEngine(self.trt, runtime, name, file.read_bytes(), builder.log).layer_information()
-        missing = [layer for layer in built.plugin_layers if layer not in information]
-        if missing:
-            raise EnvironmentMismatch(
-                f"graph {name}: {len(missing)} of {wanted} plugin layers are not in the engine, the first {missing[0]};"
-                f" TensorRT {self.trt.__version__} dropped them: report it with build's output"
+        if unnamed := [layer for layer in plugins if layer not in information]:
+            self.warnings.append(
+                f"graph {name}: the engine names {len(plugins) - len(unnamed)} of {len(plugins)} plugin layers, not "
+                f"{unnamed[0]}: TensorRT made them part of others; a profile shows them there"
             )
 
 

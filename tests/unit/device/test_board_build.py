@@ -130,16 +130,20 @@ class TestPluginRefusals:
         self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", given, 6)
 
     def test_a_body_that_won_the_parsers_choice(self, simulated, pieces, given, tmp_path):
-        simulated()
+        board = simulated()
         place(pieces["device"], "vision.onnx", json.dumps({"plugins": ["a"], "others": ["b/gather", "b/matmul"]}))
         bundle = write_bundle(pieces, tmp_path / "b", target=TARGET)
         words = "graph vision: expected 2 plugin layers, one a VQ node, TensorRT 10.3.0 made 1"
         self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", given, 6)
+        assert "build vision" not in board.events, "refused as soon as it is parsed, minutes before it is built"
 
-    def test_a_layer_that_is_not_in_the_engine(self, simulated, bundle, given, tmp_path):
+    def test_a_layer_that_the_engine_does_not_name_is_a_warning(self, simulated, bundle, given, tmp_path):
+        """From SM 100 on TensorRT may take a plugin into a larger layer, which bears another name."""
         simulated(dropped=("b",))
-        words = "graph vision: 1 of 2 plugin layers are not in the engine, the first b"
-        self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", given, 6)
+        report = build(bundle, tmp_path / "e", given)
+        words = "graph vision: the engine names 1 of 2 plugin layers, not b: TensorRT made them part of others"
+        assert [text for text in report.warnings if "plugin" in text] == [words + "; a profile shows them there"]
+        assert report.engines[1].plugin_layers == 2
 
     def test_a_rewrite_report_that_is_none(self, simulated, pieces, given, tmp_path):
         simulated()
@@ -177,9 +181,8 @@ class TestVerb:
             ({"version": "10.9.0"}, {}, 6, "TensorRT 10.9.0 is not 10.3"),
             ({"loads": False}, {}, 6, "does not load"),
             ({"cuda": SimulatedCuda(driver=Status.cudaErrorInsufficientDriver)}, {}, 6, "CUDA does not start"),
-            ({"dropped": ("b",)}, {}, 6, "are not in the engine"),
         ],
-        ids=["self-test", "memory", "largest block", "no Jetson", "TensorRT", "library", "CUDA", "dropped layer"],
+        ids=["self-test", "memory", "largest block", "no Jetson", "TensorRT", "library", "CUDA"],
     )
     def test_a_refusal_is_an_exit_code_and_one_line(
         self, simulated, bundle, given, tmp_path, monkeypatch, capsys, changes, machine, code, words
