@@ -31,6 +31,9 @@ PACKAGE = Path(toolchain.__file__).resolve().parent
 # What the package imports on a board; lower bounds are the wheel's own.
 BOARD_REQUIREMENTS = ("numpy", "pillow", "tokenizers", "safetensors", "jinja2", "typer", "rich", "pydantic")
 _JETPACK_7_PYTHON = "3.12"
+# CUDA's major version → bindings. They carry the CUDA runtime of their release, which a driver of that release or of a
+# newer one runs: so those of the first minor version on any JetPack of ours (12.6 on 6.1, 13.0 on 7.0).
+BINDINGS = {12: "cuda-python>=12.6,<12.7", 13: "cuda-python>=13.0,<13.1"}
 _WHEEL = "Wheel-Version: 1.0\nGenerator: mgvq\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: equal sources give equal bytes
 # Folders that the package's own wheel has inside it, and a checkout beside it: place in the package → in a checkout.
@@ -92,8 +95,7 @@ def board_requirements(target: Mapping[str, Any]) -> str:
     """
     lines = sorted(line for line in requirements() if distribution_of(line) in BOARD_REQUIREMENTS)
     majors = sorted({int(release["cuda"].split(".")[0]) for release in target["software"]})
-    # Bindings of a newer CUDA than the driver's do not load.
-    bindings = ["cuda-python>=12.6,<13" if major < 13 else f"cuda-python>={major},<{major + 1}" for major in majors]
+    bindings = [BINDINGS[major] for major in majors]
     if len(bindings) == 1:
         return "\n".join([*lines, *bindings]) + "\n"
     by_python = [f"{bindings[0]}; python_version < '{_JETPACK_7_PYTHON}'"]

@@ -20,7 +20,7 @@ from toolchain.bundle import write_bundle
 from toolchain.cli.app import app
 from toolchain.device.selftest import FILE, read_cases
 from toolchain.errors import InputDataError, MgvqError, StoppedError
-from toolchain.target import load_target
+from toolchain.target import list_targets, load_target
 from toolchain.values import BitPlan, LayerPlan
 
 NANO = load_target("orin-nano-8gb").to_json()
@@ -97,10 +97,20 @@ def test_requirements_are_the_packages_own_and_bindings_of_the_targets_cuda():
     lines = board_kit.board_requirements(NANO).splitlines()
     named = {line.split(">")[0] for line in lines if not line.startswith("#")}
     assert named == {*board_kit.BOARD_REQUIREMENTS, "cuda-python"}
-    assert "cuda-python>=12.6,<13; python_version < '3.12'" in lines, "JetPack 6.2 has Python 3.10"
-    assert "cuda-python>=13,<14; python_version >= '3.12'" in lines, "JetPack 7.2, the target's other release, has 3.12"
+    assert "cuda-python>=12.6,<12.7; python_version < '3.12'" in lines, "JetPack 6.2 has Python 3.10"
+    assert "cuda-python>=13.0,<13.1; python_version >= '3.12'" in lines, "JetPack 7.2, the target's other, has 3.12"
     thor = board_kit.board_requirements(load_target("agx-thor-128gb").to_json()).splitlines()
-    assert "cuda-python>=13,<14" in thor
+    assert "cuda-python>=13.0,<13.1" in thor
+
+
+def test_bindings_are_of_no_newer_cuda_than_any_release_of_a_board():
+    """Their runtime needs a driver of its own release or a newer one."""
+    for name in list_targets():
+        for release in load_target(name).to_json()["software"]:
+            bindings = Requirement(board_kit.BINDINGS[int(release["cuda"].split(".")[0])])
+            lowest = next(each.version for each in bindings.specifier if each.operator == ">=")
+            assert not bindings.specifier.contains(f"{lowest.split('.')[0]}.{int(lowest.split('.')[1]) + 1}")
+            assert [*map(int, lowest.split("."))] <= [*map(int, release["cuda"].split("."))]
 
 
 def test_every_requirement_of_the_board_is_one_of_the_packages_own_as_it_stands_there():

@@ -17,7 +17,7 @@ from toolchain.errors import BudgetError, EnvironmentMismatch
 
 # cuda-python's name for the runtime since 12.6, and the one before it.
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")
-INSTALL = "pip install 'cuda-python>=12.6,<13' (JetPack 6) or 'cuda-python>=13' (JetPack 7, CUDA 13)"
+INSTALL = "pip install 'cuda-python>=12.6,<12.7' (JetPack 6) or 'cuda-python>=13.0,<13.1' (JetPack 7, CUDA 13)"
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _FIRST_OF_LAUNCHES = 700  # cudaErrorIllegalAddress; from here on an earlier kernel may be what failed
 
