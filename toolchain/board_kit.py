@@ -40,18 +40,20 @@ _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: equal sources give eq
 _INCLUDED = {"_targets": "targets", "_plugins": "plugins"}
 
 
-def write_kit(folder: Path, plan: BitPlan, target: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Path]:
+def write_kit(
+    folder: Path, plan: BitPlan, target: Mapping[str, Any], memory: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Path]:
     """Make the kit in the existing folder `folder`; name in the bundle → file or folder.
 
     Args:
         plan: its codes are the ones that are tested.
-        target, memory: target.json and memory.json of the bundle.
+        target, memory, settings: target.json, memory.json and processor/host.json of the bundle.
     """
     wheel = write_wheel(folder)
     (folder / "requirements-board.txt").write_text(board_requirements(target), encoding="utf-8")
     codes = {piece.vq_code for layer in plan.layers for piece in layer.pieces}
     write_cases(codes, folder / FILE)
-    (folder / "README.md").write_text(instructions(target, memory, wheel.name), encoding="utf-8")
+    (folder / "README.md").write_text(instructions(target, memory, settings, wheel.name), encoding="utf-8")
     pieces = {
         f"wheel/{wheel.name}": wheel,
         "requirements-board.txt": folder / "requirements-board.txt",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 
-def instructions(target: Mapping[str, Any], memory: Mapping[str, Any], wheel: str) -> str:
-    """The text, with this target's releases and this plan's figures.
+def instructions(target: Mapping[str, Any], memory: Mapping[str, Any], settings: Mapping[str, Any], wheel: str) -> str:
+    """The text, with this target's releases, this plan's figures and this model's limits.
 
     Args:
-        target, memory: target.json and memory.json of the bundle.
+        target, memory, settings: target.json, memory.json and processor/host.json of the bundle.
         wheel: file name of the wheel in wheel/.
     """
     releases = "\n".join(
@@ -19,8 +20,7 @@ def instructions(target: Mapping[str, Any], memory: Mapping[str, Any], wheel: st
         for x in target["software"]
     )
     peak, build, block = (_mib(memory[key]) for key in ("peak_bytes", "build_peak_bytes", "largest_block_bytes"))
-    workload = memory["workload"]
-    image = workload.get("image")
+    context = min(settings["decoder"]["max_context"], memory["workload"]["context_tokens"])
     return _TEXT.format(
         title=target["title"],
         name=target["name"],
@@ -30,14 +30,32 @@ def instructions(target: Mapping[str, Any], memory: Mapping[str, Any], wheel: st
         build=build,
         block=block,
         what=memory["largest_block"],
-        context=workload["context_tokens"],
-        half=max(64, workload["context_tokens"] // 2),
-        image="none" if image is None else f"{image[0]}x{image[1]} pixels",
-        smaller="448x448" if image is None else "x".join(str(max(56, side * 3 // 4)) for side in image),
+        context=context,
+        half=max(64, context // 2),
+        pictures=_pictures(memory, settings["image"]),
+        smaller="x".join(str(max(56, side * 3 // 4)) for side in _picture_sides(memory, settings["image"])),
         cma=_cma_advice(target, memory["largest_block_bytes"]),
         argument=kernel_argument(target, memory["largest_block_bytes"]),
         wheel=wheel,
     )
+
+
+def _pictures(memory: Mapping[str, Any], image: Mapping[str, Any]) -> str:
+    """What becomes of pictures of any size, in a sentence."""
+    if memory["workload"].get("image") is None:
+        return "It is planned for text alone."
+    if "max_tiles" in image:
+        tile = image["tile"]
+        return f"Pictures are cut into at most {image['max_tiles']} tiles of {tile}x{tile} pixels."
+    width, height = _picture_sides(memory, image)
+    return f"Pictures of more than about {width}x{height} pixels are made smaller."
+
+
+def _picture_sides(memory: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height of the largest picture that reaches the model as it is: the plan's, or a square at its limit."""
+    planned = tuple(memory["workload"].get("image") or (448, 448))
+    limit = image.get("max_pixels", planned[0] * planned[1])
+    return planned if planned[0] * planned[1] <= limit else (math.isqrt(limit), math.isqrt(limit))
 
 
 def kernel_argument(target: Mapping[str, Any], block: int) -> str:
@@ -83,7 +101,8 @@ One of (SM {sm}):
 {releases}
 
 Memory, by the plan in memory.json (estimated, not measured): {peak} while it runs, {build} while it builds, the largest
-single block {block} ({what}). Context: {context} tokens, pictures and answer included. Largest picture: {image}.
+single block {block} ({what}). Context: {context} tokens, pictures and answer included.
+{pictures}
 
 {cma}
 

@@ -300,9 +300,10 @@ def bundle_from_run(run: Path, out: Path, libraries: Mapping[Path, Mapping[str, 
             )
     keys = {name: read_json(stages / f"{name}.json")["key"] for name in ("20-quantize", "40-rewrite", "50-validate")}
     target, memory = (read_json(pieces[name]) for name in ("target.json", "memory.json"))
+    settings = read_json(pieces["processor"] / "host.json")
     plan = BitPlan.from_json(read_json(pieces["bitplan.json"]))
     with tempfile.TemporaryDirectory(prefix="mgvq-kit-") as scratch:
-        pieces |= write_kit(Path(scratch), plan, target, memory)
+        pieces |= write_kit(Path(scratch), plan, target, memory, settings)
         pieces |= carry_libraries(libraries or {}, Path(scratch))
         return write_bundle(pieces, out, target=target, created_from={"stages": keys})
 

@@ -13,6 +13,7 @@ import pytest
 
 from toolchain.bundle import open_bundle
 from toolchain.cli import main
+from toolchain.device.limits import limits_from_bundle
 from toolchain.device.selftest import FILE, read_cases
 from toolchain.target import load_target
 
@@ -26,7 +27,8 @@ def test_the_bundle_has_what_its_page_says(demo_bundle):
         assert (demo_bundle / there).exists() or there == "libraries", name  # libraries/ is there if any were given
     for key in ("peak_bytes", "build_peak_bytes", "largest_block_bytes"):
         assert f"{memory[key] / 2**20:,.0f} MiB" in text
-    assert f"Context: {memory['workload']['context_tokens']} tokens" in text
+    limits = limits_from_bundle(opened, opened.read_json("processor/host.json"))
+    assert f"Context: {limits.context_tokens} tokens" in text
     wheel = re.search(r"--no-deps (wheel/\S+\.whl)", text).group(1)
     assert wheel in opened.files
 

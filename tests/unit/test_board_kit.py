@@ -31,6 +31,7 @@ MEMORY = {
     "largest_block": "logits",
     "workload": {"context_tokens": 2048},
 }
+SETTINGS = {"decoder": {"max_context": 32768}, "image": {"max_pixels": 640_000}}
 
 
 def layer(name: str, code: str) -> LayerPlan:
@@ -44,7 +45,7 @@ PLAN = BitPlan((layer("a", "2,4,8"), layer("b", "2,4,8"), layer("c", "2,6,8@64+2
 def kit(tmp_path):
     folder = tmp_path / "kit"
     folder.mkdir()
-    return board_kit.write_kit(folder, PLAN, NANO, MEMORY)
+    return board_kit.write_kit(folder, PLAN, NANO, MEMORY, SETTINGS)
 
 
 def test_everything_is_there_and_the_same_each_time(kit, tmp_path):
@@ -53,7 +54,7 @@ def test_everything_is_there_and_the_same_each_time(kit, tmp_path):
     assert names < set(kit)
     assert wheel == f"wheel/mgvq-{toolchain.__version__}-py3-none-any.whl"
     (tmp_path / "again").mkdir()
-    again = board_kit.write_kit(tmp_path / "again", PLAN, NANO, MEMORY)
+    again = board_kit.write_kit(tmp_path / "again", PLAN, NANO, MEMORY, SETTINGS)
     for name in (*names, wheel):
         assert again[name].read_bytes() == kit[name].read_bytes(), name
 
@@ -134,12 +135,12 @@ def test_instructions_are_this_targets(kit):
 
 
 def test_a_block_beyond_the_pool_asks_for_a_larger_one():
-    enough = board_kit.instructions(NANO, MEMORY, "w.whl")
+    enough = board_kit.instructions(NANO, MEMORY, SETTINGS, "w.whl")
     assert "is enough as it is" in enough
-    text = board_kit.instructions(NANO, MEMORY | {"largest_block_bytes": 400 << 20}, "w.whl")
+    text = board_kit.instructions(NANO, MEMORY | {"largest_block_bytes": 400 << 20}, SETTINGS, "w.whl")
     assert "before you build" in text
     assert "s/$/ cma=500M/" in text
-    most = board_kit.instructions(NANO, MEMORY | {"largest_block_bytes": 940 << 20}, "w.whl")
+    most = board_kit.instructions(NANO, MEMORY | {"largest_block_bytes": 940 << 20}, SETTINGS, "w.whl")
     assert "s/$/ cma=950M/" in most
 
 
@@ -180,10 +181,21 @@ def test_the_instructions_explain_every_exit_code_and_every_folder(kit):
 
 def test_what_to_turn_down_is_smaller_than_what_was_planned():
     memory = MEMORY | {"workload": {"context_tokens": 2048, "image": [800, 600]}}
-    text = board_kit.instructions(NANO, memory, "w.whl")
-    assert "Largest picture: 800x600 pixels" in text
+    text = board_kit.instructions(NANO, memory, SETTINGS, "w.whl")
+    assert "Pictures of more than about 800x600 pixels are made smaller" in text
     assert "--set plan.image=600x450 --set plan.context=1024" in text
     assert "--target orin-nano-8gb" in text
+
+
+def test_the_models_own_limits_count_where_they_are_tighter_than_the_plans():
+    memory = MEMORY | {"workload": {"context_tokens": 2048, "image": [775, 775]}}
+    settings = {"decoder": {"max_context": 1024}, "image": {"max_pixels": 28224}}
+    text = board_kit.instructions(NANO, memory, settings, "w.whl")
+    assert "Context: 1024 tokens" in text
+    assert "Pictures of more than about 168x168 pixels are made smaller" in text
+    assert "--set plan.image=126x126 --set plan.context=512" in text
+    tiles = board_kit.instructions(NANO, memory, settings | {"image": {"tile": 448, "max_tiles": 6}}, "w.whl")
+    assert "Pictures are cut into at most 6 tiles of 448x448 pixels" in tiles
 
 
 def test_built_libraries_are_carried_by_hash_with_what_they_suit(tmp_path):
