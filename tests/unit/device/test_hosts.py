@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -12,10 +15,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+from transformers.image_utils import load_image
 
 from toolchain.device.families import host_from_folder
 from toolchain.device.families.base import open_image
-from toolchain.device.families.internvl import tile_grid
+from toolchain.device.families.internvl import InternVLHost, tile_grid
 from toolchain.device.images import ImagePlan, patches_from_image, resized_shape
 from toolchain.errors import InputDataError, UnsupportedError
 from toolchain.models.family import family_for, read_config
@@ -80,6 +84,41 @@ def test_internvl_tiles_equal_the_image_processor(tiny_internvl, size):
     config = read_config(tiny_internvl)
     tiles = family_for(config).load_host(config, tiny_internvl).tiles(picture(*size))
     np.testing.assert_array_equal(tiles, np.stack(list(expected)))
+
+
+# Of any size and shape a camera gives: both sides of every rounding, tiny pictures and those beyond the limits.
+SIDES = strategies.integers(8, 640)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(width=SIDES, height=SIDES)
+def test_qwen2_vl_patches_of_any_size_equal_the_image_processors(width, height):
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 168)
+    expected = processor(images=[picture(width, height)], return_tensors="np")
+    patches, grid = patches_from_image(picture(width, height), ImagePlan(56 * 56, 112 * 168))
+    assert expected["image_grid_thw"].tolist() == [[1, *grid]]
+    np.testing.assert_array_equal(patches, expected["pixel_values"])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(width=SIDES, height=SIDES)
+def test_internvl_tiles_of_any_size_equal_the_image_processors(width, height):
+    size, image = {"height": 28, "width": 28}, {"tile": 28, "min_tiles": 1, "max_tiles": 12}
+    processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=12)
+    expected = processor(images=[picture(width, height)], return_tensors="np")["pixel_values"]
+    host = SimpleNamespace(settings={"image": image | {"mean": processor.image_mean, "std": processor.image_std}})
+    np.testing.assert_array_equal(InternVLHost.tiles(host, picture(width, height)), np.stack(list(expected)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_a_file_is_opened_as_transformers_opens_it(tmp_path, mode, orientation):
+    """Cameras store pictures as the sensor lay, and how to turn them beside it (EXIF)."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    picture(40, 24).convert(mode).save(path, exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(path)), np.asarray(load_image(str(path))))
 
 
 def test_tile_grid_worked_by_hand():

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer
 
 from toolchain.errors import InputDataError
@@ -201,14 +201,14 @@ def _refuse_conversation(message: str) -> NoReturn:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in a file, decoded, as RGB.
+    """The picture in a file, decoded, turned as its EXIF says, as RGB: what transformers' load_image gives.
 
     Raises:
         InputDataError: the file is missing, or is no picture that Pillow can decode whole.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputDataError(f"image {path} does not exist; check the path") from None
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
