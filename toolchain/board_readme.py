@@ -132,12 +132,13 @@ not say `fail`. Its warnings about torch, transformers, onnx and onnxruntime are
     sudo systemctl isolate multi-user.target        # stops the desktop until the next reboot: more memory
     ~/mgvq/bin/mgvq build . -o ~/engines
 
-It checks this folder, the release, memory and the plugin, in this order, before it builds. The plugin is compiled first
-(minutes) unless libraries/ has one that fits. Then one line a graph (decoder, embed, vision), and at the end a table
-with the size of each engine and a column `plugins` that is not 0. ~/engines then has decoder.engine, embed.engine,
-vision.engine, libmgvq_plugin.so, a timing cache that makes a second build shorter, and build.json, which says what was
-built from what. Engines run on the board and the TensorRT that built them, and nowhere else. A build that fails leaves
-nothing behind.
+It checks this folder, the release, memory and the plugin, in this order, before it builds. The plugin is compiled
+first (minutes) unless libraries/ has one that fits. Then one line a graph (decoder, embed, vision), and at the end a
+table with the size of each engine and a column `plugins` that is not 0, and a line `compared`: how far the engines
+are off from answers of the model that are stored in reference/. ~/engines then has decoder.engine, embed.engine,
+vision.engine, libmgvq_plugin.so, a timing cache that makes a second build shorter, and build.json, which says what
+was built from what. Engines run on the board and the TensorRT that built them, and nowhere else. A build that fails
+leaves nothing behind but the plugin it compiled.
 
 ## 4. Run
 
@@ -158,7 +159,8 @@ and what to do.
 | 1 | a fault of mgvq | report it with all the lines it printed |
 | 2 | the command is wrong | correct what the message names; `mgvq build --help` |
 | 3 | a backend or board that mgvq does not know | see `mgvq targets` |
-| 4 | the plugin or an engine does not compute what it should | build without `--plugin`; if it stays, report it |
+| 4 | the plugin or an engine does not compute what it should | build without `--plugin`; if it stays, report it with \
+build.json of a build with `--no-check` |
 | 5 | it does not fit memory | the next two sections |
 | 6 | JetPack, TensorRT, CUDA, the GPU, a compiler or a package is missing or another | what it names; `mgvq doctor` |
 | 7 | a file is missing, or is not what it was; a picture cannot be used | copy the folder again; give another picture |

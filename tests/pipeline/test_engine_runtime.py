@@ -5,12 +5,12 @@ with the cache in place, buckets, chunks and CUDA graphs. What it cannot show: t
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from PIL import Image
 from simulated_cuda import SimulatedCuda
-from simulated_tensorrt import Context, Engine, SimulatedGraph
+from simulated_engines import device_functions, graphs_of_folder, loaded_engines
+from simulated_tensorrt import Context, Engine
 
 from toolchain.bundle import write_bundle
 from toolchain.device.chat import Conversation
@@ -19,7 +19,6 @@ from toolchain.device.engine import BuildOptions, build_engines
 from toolchain.device.families import HOSTS
 from toolchain.device.generate import GraphRunner
 from toolchain.device.limits import Limits
-from toolchain.device.loaded_engines import LoadedEngine
 from toolchain.device.ort import ort_graphs
 from toolchain.device.runtime import EngineRunner, open_runner
 from toolchain.device.sampling import Sampler, SamplingPlan
@@ -54,43 +53,15 @@ def portable(line):
     return ort_graphs(line.root / "portable")
 
 
-def simulated(line, form, graphs, profiles) -> dict[str, SimulatedGraph]:
-    """Every graph of a form as an engine: names, types and shapes from its ONNX file."""
-
-    def tensors(entries):
-        types = {
-            x.name: (
-                np.dtype(onnx.helper.tensor_dtype_to_np_dtype(x.type.tensor_type.elem_type)),
-                tuple(-1 if dim.dim_param else dim.dim_value for dim in x.type.tensor_type.shape.dim),
-            )
-            for x in entries
-        }
-        return types
-
-    result = {}
-    for number, (name, compute) in enumerate(graphs.items()):
-        graph = onnx.load(line.root / form / f"{name}.onnx", load_external_data=False).graph
-        of_graph = [shapes for key, shapes in profiles.items() if key == name or key.startswith(f"{name}.")]
-        result[name] = SimulatedGraph(
-            tensors(graph.input), tensors(graph.output), of_graph, compute, 4096 * (number + 1)
-        )
-    return result
-
-
 def engine_runner(graphs, host, weights=None, **more) -> tuple[EngineRunner, SimulatedCuda]:
     cuda = SimulatedCuda()
-    import simulated_tensorrt
-
-    trt = simulated_tensorrt.simulated_module(graphs, cuda)
-    log = simulated_tensorrt.Logger()
-    log.last = lambda: "it gave no reason"
-    engines = {name: LoadedEngine(trt, trt.Runtime(log), name, name.encode(), log) for name in graphs}
+    engines = loaded_engines(graphs, cuda)
     return EngineRunner(engines, Cuda(cuda), host.settings["decoder"], host.axes, 160, weights, **more), cuda
 
 
 @pytest.fixture(scope="module")
 def engines(line, portable, profiles):
-    return simulated(line, "portable", portable, profiles)
+    return graphs_of_folder(line.root / "portable", portable, profiles)
 
 
 def talk(runner, host) -> list[list[int]]:
@@ -261,19 +232,10 @@ class TestDeviceGraphs:
 
     @pytest.fixture
     def graphs(self, line):
-        """The device graphs as functions of all their inputs, weights included."""
-        from onnx.reference import ReferenceEvaluator
-
-        from toolchain.graph.plugin_op import PLUGIN_OPS
-
-        def function(path):
-            evaluator = ReferenceEvaluator(onnx.load(path), new_ops=PLUGIN_OPS)
-            return lambda feeds: dict(zip(evaluator.output_names, evaluator.run(None, feeds)))
-
-        return {name: function(line.root / "device" / f"{name}.onnx") for name in ("vision", "embed", "decoder")}
+        return device_functions(line.root / "device")
 
     def test_weights_are_bound_once_and_tokens_equal(self, line, graphs, profiles, host):
-        simulated_engines = simulated(line, "device", graphs, profiles)
+        simulated_engines = graphs_of_folder(line.root / "device", graphs, profiles)
         weights = line.root / "device" / SIDECAR
         runner, _ = engine_runner(simulated_engines, host, weights)
         reference = GraphRunner(device_graphs(line.root / "device"), host.settings["decoder"], host.axes, 160)
@@ -295,7 +257,7 @@ class TestDeviceGraphs:
 
         tensors = load_file(line.root / "device" / SIDECAR)
         save_file(tensors | {"stray": np.zeros(4, np.float16)}, tmp_path / SIDECAR)
-        simulated_engines = simulated(line, "device", graphs, profiles)
+        simulated_engines = graphs_of_folder(line.root / "device", graphs, profiles)
         with pytest.raises(InputDataError, match="tensor stray is read by no engine"):
             engine_runner(simulated_engines, host, tmp_path / SIDECAR)
         first = sorted(tensors)[0]

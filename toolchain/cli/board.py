@@ -87,6 +87,9 @@ def build(
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Build although the memory plan says that it will not fit.")
     ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Keep a board's engines without comparing them with the model's answers.")
+    ] = False,
     host: HostOption = None,
     python: PythonOption = None,
     remote_mgvq: RemoteMgvqOption = None,
@@ -100,13 +103,14 @@ def build(
     backend = builder.value
     if dense is not None and backend != "tensorrt_rtx":
         raise UsageError(f"--{'' if dense else 'no-'}dense has no effect with --backend {backend}; leave it out")
-    check_arguments(output, backend, BuildOptions(sm, plugin, level))
+    check_arguments(output, backend, BuildOptions(sm, plugin, level, check=not no_check))
     remote = RemoteFlags(python, remote_mgvq, ssh_config)
     if host is not None:
         # Twins need onnx, which a board does without: they are built there only if asked for.
         twins = {True: {"--dense": True}, False: {"--no-dense": True}, None: {}}[dense]
         twins = twins or ({"--no-dense": True} if backend == "tensorrt_rtx" else {})
         flags = {"--backend": backend, "--sm": sm, "--level": level, "--ignore-memory": ignore_memory, **twins}
+        flags |= {"--no-check": no_check}
         run_there(host, "build", bundle, output, flags | {"--format": form.value}, {"--plugin": plugin}, remote)
         return
     remote.refuse_idle()
@@ -115,7 +119,7 @@ def build(
     progress.stage(f"build      {bundle} with {backend}")
     with _dense_twins(opened, _wants_twins(backend, dense, progress.stage)) as twins:
         report = build_engines(
-            opened, output, backend, BuildOptions(sm, plugin, level, ignore_memory, twins),
+            opened, output, backend, BuildOptions(sm, plugin, level, ignore_memory, not no_check, twins),
             progress=lambda graph, phase, done, total: progress.step(done, total, f"{graph}: {phase}"),
             say=lambda what: progress.stage(f"  {what}"),
         )  # fmt: skip
@@ -123,6 +127,7 @@ def build(
     emit(report.to_json(), f"{_build_text(report)}\nengines  {output}\n{next_}", form)
 
 
+CHECK_TEXT = "compared {calls} calls with {against}: worst {worst}, {relative_error:.1e} of {allowed:.1e} allowed"
 MOST_WARNINGS = 5  # shown; a builder may have one for every layer
 
 
@@ -134,10 +139,11 @@ def _build_text(report: BuildReport) -> str:
         for e in report.engines
     ]  # fmt: skip
     head = f"{report.backend} {report.builder_version}, SM {report.sm}\n"
+    check = "\n" + CHECK_TEXT.format(**report.check) if report.check else ""
     warnings = "".join(f"\nwarning: {text}" for text in report.warnings[:MOST_WARNINGS])
     if (more := len(report.warnings) - MOST_WARNINGS) > 0:
         warnings += f"\n{more} more warnings of the builder are in build.json"
-    return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + warnings
+    return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + check + warnings
 
 
 def _wants_twins(backend: str, dense: bool | None, say: Callable[[str], None]) -> bool:

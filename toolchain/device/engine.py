@@ -4,7 +4,8 @@
     tensorrt_rtx   graphs of portable/ (function bodies); builds without a GPU, for SM86 unless told otherwise
 
 Before any work: the release (exit 6), memory (5), the plugin library and its self-test (6, 4). Then NAME.engine for
-every graph, the plugin library, the timing cache and build.json, all of them or none.
+every graph, on a board compared with the model's stored answers (4), the plugin library, the timing cache and
+build.json, all of them or none.
 """
 
 from __future__ import annotations
@@ -23,49 +24,14 @@ from typing import Any
 from toolchain.bundle import Bundle
 from toolchain.device.backends import BACKENDS, DEFAULT_SM, backend_named, load_backend
 from toolchain.device.board import Board, Memory, read_board, read_memory
-from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes
+from toolchain.device.build_report import BuildReport, BuiltEngine
+from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes, collecting_logger
 from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, read_plan, vq_nodes
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 from toolchain.folders import check_place
 from toolchain.values import sha256_file, write_json
 
 Profiles = Mapping[str, Shapes]  # graph, or graph.second-profile → shapes
-
-
-@dataclass(frozen=True)
-class BuiltEngine:
-    """One engine. `dense_bytes` is the size of the same graph's engine with 16-bit weights, where asked for."""
-
-    graph: str
-    file: str
-    bytes: int
-    seconds: float
-    layers: int
-    sha256: str = ""
-    plugin_layers: int = 0
-    profiles: int = 1
-    dense_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What was built, from what, with what, for which device; this is build.json."""
-
-    backend: str
-    builder_version: str
-    sm: str
-    bundle: str
-    engines: tuple[BuiltEngine, ...]
-    warnings: tuple[str, ...]
-    device: dict[str, Any] | None = None
-    plugin: dict[str, str] | None = None
-    selftest_cases: int = 0
-    pools: dict[str, int] = field(default_factory=dict)
-    timing_cache: dict[str, Any] | None = None
-    lowest_available_bytes: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -89,6 +55,7 @@ class BuildOptions:
         plugin_library: the shared object with the VQ plugins, for tensorrt; the bundle's, or compiled here, if None.
         level: the builder's optimization level, 0 to 5: lower takes less memory and time, and may run slower.
         ignore_memory: build although the memory plan says that it does not fit; build.json says so.
+        check: compare the engines of a board with the calls that the bundle stores; build.json says so if not.
         dense: graph name → ONNX file with dense weights (graph/dense.py makes them), built for its size.
     """
 
@@ -96,6 +63,7 @@ class BuildOptions:
     plugin_library: Path | None = None
     level: int | None = None
     ignore_memory: bool = False
+    check: bool = True
     dense: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -120,7 +88,7 @@ def build_engines(
     Raises:
         EnvironmentMismatch: the builder is not installed, the board is not the target's, or the plugin does not load.
         BudgetError: the memory plan says that it will not fit, or memory ran low.
-        NumericGateError: the plugin fails its self-test.
+        NumericGateError: the plugin fails its self-test, or an engine is off from the stored calls.
         InputDataError: the bundle lacks graphs or shapes, or the builder refuses a graph; the message names the node.
         UnsupportedError, UsageError: unknown backend or SM; `out` is a file; an argument has no effect.
     """
@@ -138,6 +106,8 @@ def build_engines(
             build.engine(builder, name, path, profiles_of(name, shapes), building) for name, path in graphs.items()
         )
         report = build.report(builder, engines, building)
+        del builder  # engines and their weights need the memory it holds
+        report = build.checked(report, building)
         write_json(building / "build.json", report.to_json())
     return report
 
@@ -196,6 +166,8 @@ def check_arguments(out: Path, backend: str, options: BuildOptions) -> None:
         raise UsageError("an SM can be chosen with backend tensorrt_rtx only; tensorrt builds for the GPU it runs on")
     if backend == "tensorrt_rtx" and options.plugin_library is not None:
         raise UsageError("backend tensorrt_rtx has no plugins; leave the plugin library out")
+    if backend == "tensorrt_rtx" and not options.check:
+        raise UsageError("backend tensorrt_rtx compares no engines, whose GPU need not be here; leave --no-check out")
     if options.level is not None and not 0 <= options.level <= 5:
         raise UsageError(f"optimization level {options.level}: expected 0 to 5")
 
@@ -292,6 +264,32 @@ class _Build:
             self.watch.lowest_bytes,
         )
 
+    def checked(self, report: BuildReport, building: Path) -> BuildReport:
+        """The report with what the stored calls say of the engines; for RTX, whose GPU need not be here, as it is.
+
+        Raises:
+            NumericGateError: an engine is off by more than its budget.
+        """
+        from toolchain.device.cuda import Cuda
+        from toolchain.device.engine_check import check_engines, has_calls, summary
+        from toolchain.device.loaded_engines import LoadedEngine
+
+        if not self.kind.is_on_board:
+            return report
+        if not self.options.check or not has_calls(self.bundle):
+            why = "--no-check" if not self.options.check else "the bundle stores no calls"
+            return dataclasses.replace(report, warnings=(*report.warnings, f"engines were not compared: {why}"))
+        self.say("engines: compared with the stored answers of the model")
+        log = collecting_logger(self.trt)
+        runtime = self.trt.Runtime(log)
+        engines = {
+            e.graph: LoadedEngine(self.trt, runtime, e.graph, (building / e.file).read_bytes(), log)
+            for e in report.engines
+        }
+        found = check_engines(self.bundle, engines, Cuda())
+        found.require()
+        return dataclasses.replace(report, check=summary(found))
+
     def _compute_capability(self) -> str:
         if self.board is None:
             return self.options.sm or DEFAULT_SM
@@ -304,7 +302,7 @@ class _Build:
 
     def _load_plugins(self, builder: Builder, out: Path, building: Path) -> None:
         from toolchain.device.cuda import Cuda
-        from toolchain.device.plugin_library import Wanted, load_into, prepare_library
+        from toolchain.device.plugin_library import Wanted, keep_compiled, load_into, prepare_library
         from toolchain.device.selftest import FILE, check_plugins, read_cases
 
         assert self.board is not None
@@ -319,6 +317,7 @@ class _Build:
         self.say(f"plugins: {len(cases)} self-test cases")
         check_plugins(self.trt, builder, Cuda(), cases)
         self.cases = len(cases)
+        keep_compiled(library, out)
 
     def _check_plugin_layers(self, name: str, plugins: Sequence[str]) -> None:
         """Refuse a parsed graph in which a VQ node did not become the plugin, as where a function body won."""

@@ -67,6 +67,14 @@ class LoadedEngine:
         """The largest shape of an input in a profile."""
         return tuple(self._engine.get_tensor_profile_shape(name, profile)[2])
 
+    def takes(self, shapes: Mapping[str, Shape], profile: int) -> bool:
+        """Whether inputs of these shapes lie inside a profile."""
+        for name, shape in shapes.items():
+            low, _, high = (tuple(each) for each in self._engine.get_tensor_profile_shape(name, profile))
+            if len(shape) != len(low) or any(not a <= b <= c for a, b, c in zip(low, shape, high)):
+                return False
+        return True
+
     def layer_information(self) -> str:
         """What the engine's inspector says of its layers, as JSON text."""
         return self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)

@@ -144,6 +144,15 @@ def compile_library(bundle: Bundle, wanted: Wanted, out: Path, say: Callable[[st
         shutil.copyfile(built[0], out)
 
 
+def keep_compiled(library: PluginLibrary, folder: Path) -> None:
+    """Copy a library that was compiled, with its record, to `folder` at once: whatever fails later, it is made once."""
+    if library.origin != "compiled":
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (LIBRARY, RECORD):
+        shutil.copyfile(library.path.parent / name, folder / name)
+
+
 def load_into(trt: ModuleType, log: Any, library: Path) -> None:
     """Load a plugin library and register its creators in the empty namespace.
 

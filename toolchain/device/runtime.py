@@ -12,7 +12,7 @@ one token     embed and decoder with fixed pointers and shapes, captured as a CU
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +27,9 @@ from toolchain.device.cuda import Cuda
 from toolchain.device.families.base import Feeds, Host
 from toolchain.device.generate import Logits, check_room
 from toolchain.device.loaded_engines import EngineContext, LoadedEngine, checked_build, load_engines
+from toolchain.device.weights import SIDECAR, upload_weights
 from toolchain.errors import InputDataError
 
-SIDECAR = "device/weights.safetensors"
 GRAPHS = ("vision", "embed", "decoder")
 ALIGNMENT = 256  # of every tensor's address (setTensorAddress in NvInferRuntime.h)
 
@@ -107,7 +107,7 @@ class EngineRunner:
             "embed.decode": self._context("embed", 0),
             "decoder.decode": self._context("decoder", decode),
         }
-        self._weights = self._upload_weights(weights)
+        self._weights = upload_weights(weights, engines, cuda)
         self._buffers = self._make_buffers()
         self._logits = self._bind_fixed()
 
@@ -303,41 +303,6 @@ class EngineRunner:
                 elif not tensor.is_input and (name, tensor.name) in self._buffers:
                     context.bind(tensor.name, self._buffers[name, tensor.name])
         return self._buffers["decoder", "logits"]
-
-    def _upload_weights(self, path: Path | None) -> dict[str, int]:
-        """Name → pointer of every tensor of the sidecar, uploaded one at a time.
-
-        Raises:
-            InputDataError: a tensor is read by no engine, or is not what an engine reads.
-        """
-        pointers: dict[str, int] = {}
-        for name, array in _sidecar(path):
-            readers = [engine for engine in self._engines.values() if name in engine.inputs]
-            if not readers:
-                raise InputDataError(f"{path}: tensor {name} is read by no engine; run `mgvq build` again")
-            for engine in readers:
-                expected = engine.tensors[name]
-                if (array.dtype, array.shape) != (expected.dtype, expected.shape):
-                    raise InputDataError(
-                        f"{path}: tensor {name} is {array.dtype}{list(array.shape)}, engine {engine.name} reads "
-                        f"{expected.dtype}{list(expected.shape)}; run `mgvq build` again"
-                    )
-            pointers[name] = self._cuda.allocate(array.nbytes, f"weight {name}")
-            self._cuda.upload(pointers[name], array)
-            self._cuda.synchronize()
-        return pointers
-
-
-def _sidecar(path: Path | None) -> Iterator[tuple[str, NDArray]]:
-    """Tensors of a sidecar, read as they are asked for."""
-    if path is None:
-        return
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        names = file.keys()
-        for name in names:
-            yield name, file.get_tensor(name)
 
 
 def _aligned(size: int) -> int:

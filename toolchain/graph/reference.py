@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from toolchain.device.answer import CachePlan, Decoding, Graphs
 from toolchain.device.families import Host, Prepared
@@ -24,6 +25,7 @@ from toolchain.values import FORMAT_VERSION, write_json
 
 TENSORS = "reference.safetensors"
 INDEX = "reference.json"
+BUCKETED = "bucket"  # the steps of calls with the past in a device's buckets begin with it
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def record_calls(
 
     With a plan the past comes in its buckets, and steps are called bucket instead of batch.
     """
-    kind = "bucket" if plan else "batch"
+    kind = BUCKETED if plan else "batch"
     calls: list[Call] = []
     for number, prompts in enumerate(batches):
         name = f"{kind}{len(prompts)}.{number}"
@@ -88,23 +90,24 @@ def store_reference(folder: Path, calls: Sequence[Call], source: str) -> None:
     write_json(folder / INDEX, {"format_version": FORMAT_VERSION, "source": source, "calls": index})
 
 
-def load_reference(folder: Path) -> list[Call]:
-    """What `store_reference` wrote.
+def load_reference(folder: Path, steps: str = "") -> list[Call]:
+    """What `store_reference` wrote; of the calls whose step begins with `steps`, and no other's tensors are read.
 
     Raises:
         InputDataError: a file is missing, or the two do not belong together.
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-        return [_call_from_index(number, entry, tensors) for number, entry in enumerate(index["calls"])]
-    except (OSError, ValueError, KeyError) as error:
+        with safe_open(folder / TENSORS, "numpy") as tensors:
+            chosen = ((n, entry) for n, entry in enumerate(index["calls"]) if entry["step"].startswith(steps))
+            return [_call_from_index(number, entry, tensors) for number, entry in chosen]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputDataError(
             f"{folder}: expected {INDEX} and {TENSORS} of one run ({error}); run `mgvq validate` again"
         ) from error
 
 
-def _call_from_index(number: int, entry: dict[str, Any], tensors: dict[str, NDArray]) -> Call:
-    feeds = {name: tensors[f"{number:03d}.in.{name}"] for name in entry["inputs"]}
-    outputs = {name: tensors[f"{number:03d}.out.{name}"] for name in entry["outputs"]}
+def _call_from_index(number: int, entry: dict[str, Any], tensors: Any) -> Call:
+    feeds = {name: tensors.get_tensor(f"{number:03d}.in.{name}") for name in entry["inputs"]}
+    outputs = {name: tensors.get_tensor(f"{number:03d}.out.{name}") for name in entry["outputs"]}
     return Call(entry["step"], entry["graph"], feeds, outputs)

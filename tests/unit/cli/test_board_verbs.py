@@ -28,9 +28,10 @@ def sent(monkeypatch):
 def test_a_build_on_a_board_is_the_same_verb_there(sent, tmp_path):
     plugin = tmp_path / "p.so"
     command = ["build", "b", "-o", "e", "--host", "user@board", "--level", "2", "--ignore-memory", "--plugin", plugin]
+    command += ["--no-check"]
     assert main([str(word) for word in [*command, "--python", "python3.10"]]) == 0
     assert (sent["host"], sent["verb"], sent["source"], sent["output"]) == ("user@board", "build", Path("b"), Path("e"))
-    expected = ["--backend", "tensorrt", "--level", "2", "--ignore-memory", "--format", "text"]
+    expected = ["--backend", "tensorrt", "--level", "2", "--ignore-memory", "--no-check", "--format", "text"]
     assert sent["arguments"] == expected
     assert sent["inputs"] == {"--plugin": plugin}
     assert sent["options"].python == "python3.10"
@@ -49,6 +50,7 @@ def test_dense_twins_are_built_on_a_board_only_if_asked_for(sent):
         (["--sm", "87"], "an SM can be chosen with backend tensorrt_rtx only"),
         (["--no-dense"], "--no-dense has no effect with --backend tensorrt"),
         (["--backend", "tensorrt_rtx", "--plugin", "p.so"], "has no plugins"),
+        (["--backend", "tensorrt_rtx", "--no-check"], "compares no engines"),
     ],
 )
 def test_flags_without_effect_are_refused_before_a_board_is_asked(sent, capsys, flags, words):

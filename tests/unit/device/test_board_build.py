@@ -12,10 +12,18 @@ from simulated_cuda import SimulatedCuda, Status
 
 from toolchain.bundle import open_bundle, write_bundle
 from toolchain.cli import main
-from toolchain.device import engine, selftest
+from toolchain.device import engine, engine_check, plugin_library, selftest
 from toolchain.device.board import Board, Memory
 from toolchain.device.engine import BuildOptions, Machine
-from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError, NumericGateError, UnsupportedError
+from toolchain.errors import (
+    BudgetError,
+    EnvironmentMismatch,
+    InputDataError,
+    NumericGateError,
+    UnsupportedError,
+    UsageError,
+)
+from toolchain.graph.compare import TapError, ValidationReport
 from toolchain.values import sha256_file
 
 
@@ -64,6 +72,31 @@ class TestOrder:
         third = simulated()
         build(bundle, tmp_path / "e", given)
         assert third.configs[0].offered == [b"other device's", b""]
+
+    def test_a_library_that_was_compiled_and_proved_stays_when_the_rest_fails(
+        self, simulated, bundle, pieces, tmp_path, monkeypatch
+    ):
+        """Minutes on a board: the next build, with less of something, does not compile it again."""
+        compiled = []
+
+        def compile_library(bundle, wanted, out, say):
+            compiled.append(wanted.sm)
+            out.write_text("compiled")
+
+        monkeypatch.setattr(plugin_library, "compile_library", compile_library)
+        simulated()
+        place(pieces["device"], "vision.onnx", json.dumps({"plugins": ["a"], "others": []}))
+        broken = write_bundle(pieces, tmp_path / "b", target=TARGET)
+        with pytest.raises(EnvironmentMismatch, match="made 1"):
+            build(broken, tmp_path / "e", None)
+        assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["libmgvq_plugin.so", "plugin.json"]
+        simulated()
+        assert build(bundle, tmp_path / "e", None).plugin["origin"] == "compiled before"
+        simulated(plugin_answer=wrong_plugin)
+        with pytest.raises(NumericGateError):
+            build(bundle, tmp_path / "f", None)
+        assert not (tmp_path / "f").exists(), "one that computes something else does not stay"
+        assert compiled == ["87", "87"]
 
     def test_checks_come_before_any_work(self, simulated, bundle, given, tmp_path):
         board = simulated()
@@ -150,6 +183,71 @@ class TestPluginRefusals:
         place(pieces["device"], "rewrite.json", '{"graphs": [{}]}')
         bundle = write_bundle(pieces, tmp_path / "b", target=TARGET)
         self.refused(InputDataError, "expected name and vq_nodes of every graph", bundle, tmp_path / "e", given, 7)
+
+
+class TestCheck:
+    """Whether and when engines are compared with stored calls; how: tests/pipeline/test_engine_check.py."""
+
+    @pytest.fixture
+    def answering(self, pieces, tmp_path, monkeypatch):
+        """A bundle with a stored call; `answering(error)` makes engines answer it with that error, of 0.01 allowed."""
+        index = {"source": "pytorch-quantized", "calls": [{"step": "bucket1.0.prefill", "graph": "decoder"}]}
+        place(tmp_path, "reference/reference.json", json.dumps(index))
+        bundle = write_bundle(pieces | {"reference": tmp_path / "reference"}, tmp_path / "b", target=TARGET)
+        asked = []
+
+        def answer(relative: float):
+            tap = TapError("decoder", "logits", "bucket1.0.prefill", 1, relative, relative, 0.01)
+            report = ValidationReport("pytorch-quantized", "engines", (tap,))
+            monkeypatch.setattr(
+                engine_check, "check_engines", lambda b, engines, cuda: asked.append(sorted(engines)) or report
+            )
+            return bundle, asked
+
+        return answer
+
+    def test_engines_are_compared_and_build_json_has_the_figures(self, simulated, answering, given, tmp_path):
+        simulated()
+        bundle, asked = answering(0.002)
+        report = build(bundle, tmp_path / "e", given)
+        assert asked == [["decoder", "vision"]]
+        written = json.loads((tmp_path / "e" / "build.json").read_text())
+        assert written == json.loads(json.dumps(report.to_json()))
+        assert written["check"]["worst"] == "decoder/logits"
+        assert (written["check"]["relative_error"], written["check"]["allowed"]) == (0.002, 0.01)
+
+    def test_an_engine_that_is_off_is_exit_4_and_nothing_is_left(self, simulated, answering, given, tmp_path):
+        simulated()
+        bundle, _ = answering(0.02)
+        words = "engines against pytorch-quantized: first tap beyond its budget is decoder/logits"
+        with pytest.raises(NumericGateError, match=words) as caught:
+            build(bundle, tmp_path / "e", given)
+        assert caught.value.exit_code == 4
+        assert not (tmp_path / "e").exists()
+
+    def test_without_a_check_or_calls_build_json_says_so(self, simulated, answering, bundle, given, tmp_path):
+        simulated()
+        checked, asked = answering(0.02)
+        report = build(checked, tmp_path / "e", given, check=False)
+        assert "engines were not compared: --no-check" in report.warnings
+        assert (asked, report.check) == ([], None)
+        simulated()
+        report = build(bundle, tmp_path / "f", given)
+        assert "engines were not compared: the bundle stores no calls" in report.warnings
+
+    def test_the_verb_prints_the_comparison(self, simulated, answering, given, tmp_path, monkeypatch, capsys):
+        simulated()
+        bundle, _ = answering(0.002)
+        monkeypatch.setattr(engine, "Machine", lambda: Machine(board=lambda: ORIN, memory=lambda: ROOM))
+        assert main(["build", str(bundle.folder), "-o", str(tmp_path / "e"), "--plugin", str(given)]) == 0
+        captured = capsys.readouterr()
+        words = "compared 1 calls with pytorch-quantized: worst decoder/logits, 2.0e-03 of 1.0e-02 allowed"
+        assert words in captured.out
+        assert "engines: compared with the stored answers of the model" in captured.err
+
+    def test_a_workstations_engines_are_not_compared(self, tmp_path, bundle):
+        with pytest.raises(UsageError, match="compares no engines"):
+            engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", BuildOptions(check=False))
 
 
 class TestVerb:
