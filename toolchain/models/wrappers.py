@@ -20,7 +20,9 @@ class EmbedGraph(nn.Module):
     """Token ids int64[B, S] and picture features [M, hidden] → embeddings [B, S, hidden].
 
     The i-th picture token of the batch, in reading order, takes the i-th feature row. Running count and gather instead
-    of masked_scatter: TensorRT refuses the NonZero that masked_scatter becomes.
+    of masked_scatter: TensorRT refuses the NonZero that masked_scatter becomes. The count is a sum under a triangle
+    instead of cumsum: TensorRT 10.3's parser makes a loop of CumSum, one step a token, which no CUDA graph can hold.
+    Float32 counts exactly up to 2^24.
     """
 
     def __init__(self, model: nn.Module, image_token_id: int) -> None:
@@ -31,7 +33,9 @@ class EmbedGraph(nn.Module):
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
         embeds = self.tokens(input_ids)
         is_image = input_ids == self.image_token_id
-        rank = torch.cumsum(is_image.reshape(-1).to(torch.int64), 0).reshape(is_image.shape)
+        place = torch.arange(is_image.numel(), device=is_image.device)
+        counted = (place[:, None] >= place[None, :]) & is_image.reshape(1, -1)
+        rank = counted.to(torch.float32).sum(1).to(torch.int64).reshape(is_image.shape)
         # Row 0 is a row of zeros, so that rank 0 (no picture yet) and an empty feature list are both in range.
         rows = torch.cat([image_features.new_zeros(1, image_features.shape[1]), image_features])
         return torch.where(is_image.unsqueeze(-1), rows[rank * is_image], embeds)
