@@ -172,6 +172,20 @@ def test_a_graph_is_launched_only_while_its_contexts_have_the_shapes_it_was_capt
     assert cuda.alive == 1
 
 
+def test_an_engine_that_refuses_a_capture_runs_plainly_and_that_is_said(engines, portable, host, monkeypatch):
+    """TensorRT finds out while it captures: its trtexec goes on without a graph as well."""
+    run = Context.execute_async_v3
+    monkeypatch.setattr(
+        Context, "execute_async_v3", lambda self, stream: self.engine.cuda.recording is None and run(self, stream)
+    )
+    runner, cuda = engine_runner(engines, host)
+    exact = GraphRunner(portable, host.settings["decoder"], host.axes, 160)
+    with pytest.warns(RuntimeWarning, match=r"without a CUDA graph, and is slower: engine embed does not run") as said:
+        assert talk(runner, host) == talk(exact, host)
+    assert "launch" not in cuda.calls
+    assert len(said) == 1, "tried once"
+
+
 def test_a_context_that_cannot_be_captured_runs_plainly(engines, host, monkeypatch):
     """TensorRT for RTX says so of a context whose kernels it still compiles."""
     monkeypatch.setattr(Context, "is_stream_capturable", lambda self, stream: False, raising=False)

@@ -12,6 +12,7 @@ one token     embed and decoder with fixed pointers and shapes, captured as a CU
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from toolchain.device.families.base import Feeds, Host
 from toolchain.device.generate import Logits, check_room
 from toolchain.device.loaded_engines import EngineContext, LoadedEngine, checked_build, load_engines
 from toolchain.device.weights import SIDECAR, upload_weights
-from toolchain.errors import InputDataError
+from toolchain.errors import EnvironmentMismatch, InputDataError
 
 GRAPHS = ("vision", "embed", "decoder")
 ALIGNMENT = 256  # of every tensor's address (setTensorAddress in NvInferRuntime.h)
@@ -96,6 +97,7 @@ class EngineRunner:
         self._length = 0
         self._ran: int | None = None  # the length of past that the decode contexts have their shapes for
         self._graph: Any = None  # of a step with that length, once it was captured
+        self._is_refused = False  # a capture, once: then none is tried
         self._activation_bytes = max(engine.memory_bytes for engine in engines.values())
         self._activations = cuda.allocate(self._activation_bytes, "activations of the engines")
         self._cache = self._make_cache(decoder["cache"])
@@ -175,11 +177,12 @@ class EngineRunner:
             self._shape_step(past, {name: array.shape for _, name, array in feeds})
         for context, name, array in feeds:
             self._fill(context, name, array)
-        if is_new or (self._graph is None and not self._can_capture()):
+        # Captured from the second step on: the first, with new shapes, may allocate, which a capture refuses.
+        if not is_new and self._graph is None and self._can_capture():
+            self._graph = self._captured_step()
+        if self._graph is None:
             self._run_step()
         else:
-            # Captured from the second step on: the first, with new shapes, may allocate, which a capture refuses.
-            self._graph = self._graph or self._cuda.capture(self._run_step)
             self._cuda.launch(self._graph)
         self._unstage(1)
         self._length += 1
@@ -200,7 +203,17 @@ class EngineRunner:
 
     def _can_capture(self) -> bool:
         contexts = (self.contexts["embed.decode"], self.contexts["decoder.decode"])
-        return self._watch is None and all(context.can_capture(self._cuda.stream) for context in contexts)
+        allowed = self._watch is None and not self._is_refused
+        return allowed and all(context.can_capture(self._cuda.stream) for context in contexts)
+
+    def _captured_step(self) -> Any:
+        """A graph of one step; None, said in a warning, where an engine holds what a capture does not permit."""
+        try:
+            return self._cuda.capture(self._run_step)
+        except EnvironmentMismatch as error:
+            self._is_refused = True
+            warnings.warn(f"decode runs without a CUDA graph, and is slower: {error}", RuntimeWarning, stacklevel=2)
+            return None
 
     def _run_step(self) -> None:
         self._run(self.contexts["embed.decode"])
