@@ -33,7 +33,7 @@ from toolchain.held_out import every_nth_picture
 from toolchain.kl_shifts import Progress, divergence_of, inner_product, kl_gradients, newton_step, step_unit
 from toolchain.modules import keep_decoded, vq_modules
 from toolchain.objects import Pieces
-from toolchain.round_moves import RoundOptions, moved_group, store_weights, stored_weights
+from toolchain.round_moves import RoundOptions, moved_group, store_weights, stored_weights, trusted_move
 from toolchain.sequence import groups_of, stretches
 from toolchain.values import BitPlan, LayerSpec
 from toolchain.vq.weights import VQWeights
@@ -228,10 +228,10 @@ def _moved_step(run: _Round, unit: float, group: str, tensors: Mapping[str, Tens
     modules = [vq_modules(run.model)[spec.name] for spec in layers]
     device = modules[0].scales.device
     own = {name: tensor.to(device) for name, tensor in tensors.items()}
-    targets = [
-        module.dense(torch.float32) + step * (unit * own[f"shift.{spec.name}"])
-        for module, spec in zip(modules, layers, strict=True)
-    ]
+    targets = []
+    for module, spec in zip(modules, layers, strict=True):
+        weight, move = module.dense(torch.float32), step * (unit * own[f"shift.{spec.name}"])
+        targets.append(weight + trusted_move(weight, move, own["moment"], module.code))
     factors = [own.get(f"rows.{spec.name}") for spec in layers]
     stored, share = moved_group(modules, targets, own["moment"], factors, run.options)
     run.pieces.put(f"moved.{number}.{group}", dict(_named(layers, stored)), {"share": share})

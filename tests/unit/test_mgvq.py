@@ -104,6 +104,19 @@ def test_groups_are_cut_where_it_pays(tiny_with_loud_columns, tiny_manifest, tmp
     }
 
 
+def test_rounds_leave_layers_that_no_loss_reaches_as_they_are(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    """Of random weights a picture says next to nothing: what a round does to the tower is noise, and stays small."""
+    result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+rounds", bits=2.3)
+    assert json.loads((result.folder / "mended.json").read_text())["rounds"][0]["changed"] > 0
+    assert all(one["error_both"] < 0.1 for one in errors_of(result, tiny_qwen2_vl, tiny_manifest))
+
+
+def errors_of(result, model, manifest):
+    """Layer errors of a quantized checkpoint against the float one, its columns put in the same order."""
+    samples, orders = read_manifest(manifest), read_orders(result.folder)
+    return checkpoint_layer_errors(model, load_quantized(result.folder), samples, lambda done, total: None, orders)
+
+
 @pytest.mark.parametrize("method", ["mgvq+rotate+segments", "mgvq+rotate+descent+tune-deal"])
 def test_rotated_inputs_go_through_every_part(tiny_qwen2_vl, tiny_manifest, tmp_path, monkeypatch, method):
     """With every rotation said to pay, plan, checkpoint, reports and the loaded model agree."""
@@ -118,8 +131,7 @@ def test_rotated_inputs_go_through_every_part(tiny_qwen2_vl, tiny_manifest, tmp_
     model = load_quantized(result.folder)
     assert {name: m.rotation for name, m in vq_layers(model).items() if getattr(m, "rotation", 0)} == rotated
     # Turned back, the weights are those that full precision has, its columns dealt.
-    samples, orders = read_manifest(tiny_manifest), read_orders(result.folder)
-    errors = checkpoint_layer_errors(tiny_qwen2_vl, model, samples, lambda done, total: None, orders)
+    errors = errors_of(result, tiny_qwen2_vl, tiny_manifest)
     assert all(0 < one["error_both"] < 0.5 for one in errors if one["name"] in rotated)
 
 

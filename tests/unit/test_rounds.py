@@ -16,10 +16,19 @@ from toolchain.models.family import family_for, read_config
 from toolchain.modules import keep_decoded, vq_modules
 from toolchain.moments import collect_pairs, survey_inputs
 from toolchain.objects import ObjectStore
-from toolchain.round_moves import RoundOptions, moved_group, solution_of, store_weights, stored_weights, windows_of
+from toolchain.round_moves import (
+    RoundOptions,
+    moved_group,
+    solution_of,
+    store_weights,
+    stored_weights,
+    trusted_move,
+    windows_of,
+)
 from toolchain.rounds import HELD_OUT, Statistics, jacobi_round
 from toolchain.sequence import groups_of as grouped
 from toolchain.statistics import collect_loss_statistics
+from toolchain.values import CODES
 from toolchain.vq.weights import stack_group
 
 
@@ -241,3 +250,13 @@ def test_what_is_stored_is_what_the_model_computes_with(setting):
     second = held_out(setting)
     store_weights(setting.model, before, setting.plan)
     assert held_out(setting) == first != second
+
+
+def test_a_move_is_no_longer_than_it_is_trusted_worked_by_hand():
+    """tr(Ŵ S Ŵᵀ) = 4 · 2 · 9 = 72; of (2,4,8) 0.0823 is lost, and 0.3² of that may be moved: 0.533304."""
+    weight, moment = torch.full((4, 2), 3.0), torch.eye(2)
+    long, short = torch.full((4, 2), 1.0), torch.full((4, 2), 0.25)
+    kept = trusted_move(weight, long, moment, CODES["2,4,8"])
+    assert float(kept.square().sum()) == pytest.approx(0.0823 * 0.09 * 72)
+    torch.testing.assert_close(kept / kept[0, 0], long)
+    assert trusted_move(weight, short, moment, CODES["2,4,8"]) is short
