@@ -150,3 +150,89 @@ def test_a_damaged_state_of_a_fine_tuning_is_refused(tiny_qwen2_vl, tiny_manifes
     assert "expected content of SHA-256" in again.stderr
     assert state.is_file()
     assert not (tmp_path / "q").exists()
+
+
+STOPPED = f"""
+import functools, os, signal, sys, torch
+import toolchain.drift_solver
+import toolchain.rounds
+from toolchain.calibration import read_manifest
+from toolchain.quantize import quantize_checkpoint
+from toolchain.round_moves import RoundOptions
+from toolchain.vq.weights import Options
+
+model, manifest, out, begins, count, side = sys.argv[1:]
+torch.set_num_threads(1)
+# A few groups a stretch, so that a round has several.
+toolchain.rounds.RoundOptions = functools.partial(RoundOptions, steps=(0.4, 1.0), stretch_bytes=1_500_000)
+replace, code, seen = os.replace, toolchain.drift_solver.quantize_group, []
+
+def dies(name, when):
+    if name.startswith(begins) and side == when and len(seen) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def named(old, new):
+    name = os.path.basename(new)
+    seen.extend([name] * name.startswith(begins))
+    dies(name, "before")
+    replace(old, new)
+    if name.endswith(".safetensors"):
+        print(name.rsplit(".", 2)[0], flush=True)
+    dies(name, "after")
+
+def coded(*arguments):
+    found = code(*arguments)
+    seen.extend([0] * (begins == "coding"))
+    dies("coding", "after")
+    return found
+
+os.replace = named
+toolchain.drift_solver.quantize_group = coded
+samples = read_manifest(manifest)
+method = "mgvq-mix-drift-overlap+rounds"
+quantize_checkpoint(model, samples, out, bits=2.0, method=method, options=Options({SETTINGS}))
+"""
+
+
+def stopped(model, manifest, out, begins="never", count=0, side="before"):
+    """(return code, the pieces kept, what went wrong) of a run killed at a file or a call whose name begins so."""
+    command = [sys.executable, "-c", STOPPED, str(model), str(manifest), str(out), begins, str(count), side]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout.split(), done.stderr
+
+
+KILLS = (
+    ("coding", 4, "after"),  # inside a group's work: coded, not kept
+    ("during.round.0.shift.", 5, "after"),  # inside a stretch
+    ("during.round.0.unit.", 1, "before"),
+    ("during.round.0.moved.", 4, "before"),  # inside a group's steps
+    ("during.round.0.judged.", 2, "after"),
+    ("round.0.", 1, "before"),  # between rounds: all is done, nothing kept of it
+    ("round.0.", 1, "after"),  # kept, and the round's own pieces not yet gone
+    ("during.round.1.moved.", 3, "after"),
+)
+
+
+def test_a_run_killed_in_a_group_in_rounds_and_between_them_ends_in_the_same_bytes(
+    tiny_qwen2_vl, tiny_manifest, tmp_path
+):
+    """Killed eight times; no piece is made twice but those that a kill kept from getting their names."""
+    code, made, errors = stopped(tiny_qwen2_vl, tiny_manifest, tmp_path / "whole")
+    assert code == 0, errors
+    assert {"round.0", "round.1"} < set(made), "one round is not enough to be killed between two"
+    assert len(made) == len(set(made))
+    again = []
+    for kill in KILLS:
+        code, kept, errors = stopped(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed", *kill)
+        assert code == -signal.SIGKILL, (kill, errors)
+        again += kept
+    code, kept, errors = stopped(tiny_qwen2_vl, tiny_manifest, tmp_path / "killed")
+    assert code == 0, errors
+    again += kept
+    for name in SAME:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    twice = {name for name in again if again.count(name) > 1}
+    assert all(name.startswith("during.round.0.shift.") for name in twice), "only a stretch that was cut is done again"
+    assert len(twice) <= 5
+    assert set(again) == set(made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"], "the pieces are gone"

@@ -189,6 +189,35 @@ def test_stretches_change_no_bit(prepared, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
+def test_a_damaged_shift_is_made_again(prepared, teacher, tmp_path):
+    """A round stopped while groups move, one of its shifts damaged since: the same bytes as one that was not."""
+    own, before = prepared, stored_weights(prepared.model, prepared.names)
+    statistics, linears = measured(own, teacher)
+    options, found = RoundOptions(steps=(0.4,), stretch_bytes=1 << 20), []
+
+    def stop(what, done, total):
+        if (what, done) == ("groups", 2):
+            raise KeyboardInterrupt
+
+    def turned(folder, progress=None):
+        pieces = ObjectStore(tmp_path / folder, {}).under("round")
+        arguments = (own.model, own.scores, own.inputs, statistics, linears, own.plan, pieces, options)
+        return jacobi_round(*arguments, seed=0, progress=progress)
+
+    turned("whole")
+    found.append(stored_bytes(own))
+    store_weights(own.model, before, own.plan)
+    with pytest.raises(KeyboardInterrupt):
+        turned("again", stop)
+    shift = next((tmp_path / "again").glob("round.shift.*.safetensors"))
+    shift.write_bytes(shift.read_bytes()[:-1] + b"?")
+    turned("again")
+    found.append(stored_bytes(own))
+    store_weights(own.model, before, own.plan)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
 def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monkeypatch):
     """No gradient, moment, curvature or shift of one group lives when the next one's are collected or it moves."""
     own, before = prepared, stored_weights(prepared.model, prepared.names)
