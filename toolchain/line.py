@@ -136,6 +136,7 @@ def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: 
             seed=settings.quantize.seed,
             progress=layer_progress(reporter, checked.family.layers(checked.checkpoint.config)),
             watch=lambda what, done, total: reporter.step(done, total, what),
+            note=reporter.note,
         )
         return quantize_summary(result)
 

@@ -1,10 +1,11 @@
 """Finished pieces of a long run, one file each, so that a killed run goes on where it was and ends in the same bytes.
 
-    FOLDER/key.json                       what the pieces were made from; another key is another run
-    FOLDER/NAME.DIGEST.safetensors        a piece; DIGEST is its content's SHA-256, shortened
+    FOLDER/KEY/key.json                       what the pieces were made from; KEY is its SHA-256, shortened
+    FOLDER/KEY/NAME.DIGEST.safetensors        a piece; DIGEST is its content's SHA-256, shortened
 
 A piece appears whole or not at all, and the one it replaces goes after it has come. One whose content does not have
-its digest is made again, or refused where what it took to make is worth a word (`get`).
+its digest is made again, or refused where what it took to make is worth a word (`get`). A run of other settings has a
+folder of its own beside it: what one run has made, no other one removes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from toolchain.values import write_json
 
 KEY_FILE = "key.json"
 DIGEST_LENGTH = 16
+SHORT_KEY = 8
+LONGEST_VALUES = 60  # characters of two differing values; digests and lists are left out
 RESUME = ("auto", "required", "never")
 TEXT = "json"  # metadata key of what is not a tensor
 
@@ -37,30 +40,57 @@ class ObjectStore:
         self.folder, self._key = folder, key
 
     @classmethod
-    def open(cls, folder: Path, key: dict[str, Any], resume: str = "auto") -> ObjectStore:
-        """The store for `key`: what is there where it was made from the same, else an empty one.
+    def open(
+        cls, folder: Path, key: dict[str, Any], resume: str = "auto", note: Callable[[str], None] | None = None
+    ) -> ObjectStore:
+        """The store for `key` in a folder of stores: what is there where it was made from the same, else an empty one.
 
         Args:
             key: JSON-clean; everything the pieces depend on.
             resume: "auto" goes on where it can, "required" refuses to begin anew, "never" begins anew.
+            note: told of every run of other settings that was stopped here, when this one begins anew.
 
         Raises:
             UsageError: another word than these.
-            InputDataError: `resume` is "required" and there is nothing to go on with, or key.json is no JSON object.
+            InputDataError: `resume` is "required" and there is nothing to go on with, or the key.json of this key is
+                another's or no JSON object.
         """
         if resume not in RESUME:
             raise UsageError(f"resume {resume!r}: expected one of {', '.join(RESUME)}")
-        path = folder / KEY_FILE
-        found = _key_of(path) if path.is_file() else None
-        if resume == "required" and found != key:
-            differs = "there is none" if found is None else f"it differs in {', '.join(_differing(found, key))}"
+        store = cls(folder / _digest(json.dumps(key, sort_keys=True).encode())[:SHORT_KEY], key)
+        is_there = store._is_there()
+        others = {} if is_there and resume != "never" else _others(folder, store.folder, key)
+        if resume == "required" and not is_there:
             raise InputDataError(
-                f"nothing to resume at {folder}: expected a run of the same settings, {differs}; start it with "
-                "--resume auto"
+                f"nothing to resume at {folder}: expected a run of the same settings, "
+                + (
+                    "; ".join(f"{path.name} differs in {differs}" for path, differs in others.items())
+                    or "there is none"
+                )
+                + "; give its settings again, or start this one with --resume auto"
             )
-        if found != key or resume == "never":
-            shutil.rmtree(folder, ignore_errors=True)
-        return cls(folder, key)
+        if resume == "never":
+            shutil.rmtree(store.folder, ignore_errors=True)
+        for path, differs in others.items():
+            if note:
+                note(
+                    f"{path} holds the pieces of a run that was stopped, of other {differs}; they stay, and this run "
+                    f"begins anew beside them. To go on with them give their settings again; else remove {path}"
+                )
+        return store
+
+    def _is_there(self) -> bool:
+        """Whether a run of this key has pieces here."""
+        path = self.folder / KEY_FILE
+        if not path.is_file():
+            return False
+        if (found := _key_of(path)) != self._key:
+            wrong = "none" if found is None else f"another in {', '.join(_differing(found, self._key))}"
+            raise InputDataError(
+                f"{path}: expected a JSON object, the key that {self.folder.name} is the digest of, found {wrong}; "
+                f"something changed it: remove {self.folder} to begin anew"
+            )
+        return True
 
     def get(self, name: str, *, refuses_damage: bool = False) -> tuple[dict[str, Tensor], Any] | None:
         """(tensors, JSON value) of a piece, or None where it was not finished. The newest, where a kill left two.
@@ -127,8 +157,10 @@ class ObjectStore:
         return sorted(path for path in self.folder.glob(exact) if path.name.count(".") == name.count(".") + 2)
 
     def discard(self) -> None:
-        """Remove everything: the run is done."""
+        """Remove everything: the run is done. The folder of stores goes with the last of them."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -173,22 +205,39 @@ class Pieces:
         self.store.clear(self.prefix)
 
 
-def _key_of(path: Path) -> dict[str, Any]:
+def _others(folder: Path, own: Path, key: dict[str, Any]) -> dict[Path, str]:
+    """Stores of other keys in a folder → what they differ in."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{KEY_FILE}")):
+        if path.parent != own:
+            other = _key_of(path)
+            found[path.parent] = "a damaged key.json" if other is None else ", ".join(_differing(other, key))
+    return found
+
+
+def _key_of(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InputDataError(
-            f"{path}: expected a JSON object that says what this run was made from, found something else; remove "
-            f"{path.parent} to begin anew"
-        )
-    return found
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]
 
 
-def _differing(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
-    return sorted(name for name in {*found, *key} if found.get(name) != key.get(name))
+def _differing(found: dict[str, Any], key: dict[str, Any], of: str = "") -> list[str]:
+    """What two keys differ in, "limits.bits (2.0, now 2.25)"; long values without them."""
+    names = []
+    for name in sorted({*found, *key}):
+        old, new = found.get(name), key.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _differing(old, new, f"{of}{name}.")
+            continue
+        values = f" ({json.dumps(old)}, now {json.dumps(new)})"
+        names.append(f"{of}{name}" + (values if len(values) <= LONGEST_VALUES else ""))
+    return names

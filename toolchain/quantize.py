@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ def quantize_checkpoint(
     options: Options | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    note: Callable[[str], None] | None = None,
     resume: str = "auto",
 ) -> QuantizeResult:
     """Quantize a checkpoint folder into `out`, which appears whole or not at all, bitplan.json and layers.json in it.
 
-    Finished groups lie in `out`.partial until the end: a killed run goes on after them and ends in the same bytes.
+    Finished groups lie in `out`.partial/KEY until the end: a killed run of the same settings goes on after them and
+    ends in the same bytes. Those of other settings stay beside it.
 
     Args:
         samples: calibration data (`calibration.read_manifest`).
@@ -72,6 +74,7 @@ def quantize_checkpoint(
         seed: everything random is drawn from it and a group's name; same machine and threads, same bytes.
         progress: called after every layer with (its result, layers done, layers in all).
         watch: called with (what, done, total) during everything else that takes time.
+        note: told of pieces that a run of other settings has left there.
         resume: "auto", "required" or "never" (`objects.ObjectStore.open`).
 
     Raises:
@@ -88,7 +91,7 @@ def quantize_checkpoint(
     limits = (bits, budget_bytes, tuple(overrides))
     job = Job(model, family, base.config, specs, inputs, *limits, options or Options(), seed, kept_dtype(base))
     key = _key(base, samples, method, job)
-    store = ObjectStore.open(Path(out).with_name(Path(out).name + ".partial"), key, resume)
+    store = ObjectStore.open(Path(out).with_name(Path(out).name + ".partial"), key, resume, note)
     made = (
         quantize_model(job, chosen, store, progress, watch)
         if isinstance(chosen, Recipe)

@@ -6,11 +6,13 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Told of stages, of steps that are alike, and of layers, which are not (`pace.layer_progress`)."""
+    """Told of stages, of steps that are alike, of layers, which are not (`pace.layer_progress`), and of what a user
+    should know and not wait for."""
 
     def stage(self, title: str) -> None: ...
     def step(self, done: int, total: int, what: str = "") -> None: ...
     def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None: ...
+    def note(self, text: str) -> None: ...
     def done(self, summary: str) -> None: ...
 
 
@@ -24,6 +26,9 @@ class Silent:
         """Nothing."""
 
     def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
         """Nothing."""
 
     def done(self, summary: str) -> None:

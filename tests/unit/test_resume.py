@@ -81,6 +81,31 @@ def test_required_refuses_to_begin(tiny_qwen2_vl, tiny_manifest, tmp_path):
         )
 
 
+def test_a_changed_setting_says_what_it_leaves_and_loses_nothing(tiny_qwen2_vl, tiny_manifest, tmp_path):
+    """Stopped at one average, run at another, then on at the first: its groups are still there."""
+    seen, notes = [], []
+
+    def stop(layer, done, total):
+        seen.append(layer)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    def run_at(bits, **how):
+        settings = {"method": "rtn", "bits": bits, "options": Options(**FAST), "note": notes.append}
+        return quantize_checkpoint(tiny_qwen2_vl, read_manifest(tiny_manifest)[:2], tmp_path / "q", **settings, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_at(2.25, progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_at(2.5, progress=stop)
+    assert len(notes) == 1
+    assert "limits.bits (2.25, now 2.5)" in notes[0]
+    result = run_at(2.25, resume="required")
+    assert result.layers[:5] == tuple(seen[:5]), "even their seconds are those of the first run"
+    assert len(notes) == 1
+    assert len(list((tmp_path / "q.partial").iterdir())) == 1, "the second run's are still there"
+
+
 TUNED = f"""
 import functools, os, signal, sys, torch
 import toolchain.mending
@@ -139,7 +164,7 @@ def test_fine_tuning_that_is_killed_goes_on_and_ends_in_the_same_bytes(tiny_qwen
 def test_a_damaged_state_of_a_fine_tuning_is_refused(tiny_qwen2_vl, tiny_manifest, tmp_path):
     killed = tuned(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", 2, "after")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    kept = (tmp_path / "q.partial").glob("tune.steps.*.safetensors")
+    kept = (tmp_path / "q.partial").glob("*/tune.steps.*.safetensors")
     state = max(kept, key=lambda path: path.stat().st_mtime_ns)
     content = bytearray(state.read_bytes())
     content[-1] ^= 1

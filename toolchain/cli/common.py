@@ -113,6 +113,11 @@ class Progress:
             self._last = now
             print(line, file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """What stays on the screen, once."""
+        self._clear()
+        print(f"  note: {text}", file=sys.stderr, flush=True)
+
     def done(self, summary: str) -> None:
         """The stage is over; `summary` says what came of it."""
         self._clear()

@@ -52,7 +52,7 @@ def quantize(
     seed: SeedOption = 0,
     resume: Annotated[
         str,
-        typer.Option(help="auto: go on where a killed run was; required: only that; never: begin anew."),
+        typer.Option(help="auto: go on where a killed run of these settings was; required: only that; never: anew."),
     ] = "auto",
     form: FormatOption = Format.text,
 ) -> None:
@@ -81,6 +81,7 @@ def quantize(
         seed=seed,
         progress=layer_progress(progress, family.layers(config)),
         watch=lambda what, done, total: progress.step(done, total, what),
+        note=progress.note,
         resume=resume,
     )
     summary = quantize_summary(result)

@@ -43,3 +43,8 @@ def test_layers_say_what_they_are_told(said):
     assert said(40.0, "layer", 1, 9, "q_proj", None).endswith("1/9 q_proj")
     assert said(80.0, "layer", 2, 9, "k_proj", 33.4) == "2/9 k_proj  about 33 s left of these"
     assert said(120.0, "layer", 9, 9, "o_proj", 0.0) == "9/9 o_proj"
+
+
+def test_a_note_is_said_at_once_and_whole(said):
+    text = "pieces of another run stay in " + "a/" * 200
+    assert said(3601.0, "note", text) == "quantize\n  note: " + text
