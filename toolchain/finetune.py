@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
 from toolchain.errors import InputDataError, NumericGateError, UsageError
-from toolchain.held_out import drawn_pictures
+from toolchain.held_out import mending_split
 from toolchain.lookup import Offsets, TunedWeights
 from toolchain.modules import keep_decoded, vq_modules
 from toolchain.tune_loss import Target, sample_loss, teacher_target, text_scores
@@ -123,7 +123,7 @@ def fine_tune(
     if not vq_modules(model):
         raise UsageError("fine-tuning: expected a quantized model, found no quantized layer in it; quantize it first")
     targets = [teacher_target(teacher, one, settings) for one in inputs]
-    train, held, pictures = drawn_pictures(inputs, settings.held_out, seed)
+    train, held, pictures = mending_split(inputs)
     with _tunable(model, settings) as tuned:
         groups = [{"params": list(tuned.offsets[kind].values())} for kind in ("tables", "scales", "kept")]
         run = _Run(model, inputs, targets, train, held, settings, seed, tuned, torch.optim.Adam(groups), _Progress())

@@ -6,13 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
-
 from toolchain.calibration import CalibrationInput, picture_digest
-from toolchain.errors import InputDataError
 
 GATED = 4  # every so many-th picture weighs the groups and gates descent
-FEWEST_PICTURES = 5  # with fewer, what a drawn share holds out would say nothing
+JUDGED = 4  # every so many-th picture judges what is fitted after the sweep
 
 
 def picture_numbers(inputs: Sequence[CalibrationInput]) -> list[int]:
@@ -29,22 +26,6 @@ def parted(owners: Sequence[int], apart: Collection[int]) -> tuple[list[int], li
     return sides
 
 
-def every_nth_picture(inputs: Sequence[CalibrationInput], every: int) -> tuple[list[int], list[int]]:
-    """(samples fitted to, samples held out): every so many-th picture is held out.
-
-    Raises:
-        InputDataError: there are too few pictures to hold one out.
-    """
-    owners = picture_numbers(inputs)
-    count = len(set(owners))
-    if count < every:
-        raise InputDataError(
-            f"a Jacobi round holds every {every}th calibration picture out: expected at least {every} different "
-            f"pictures, found {count}; add pictures, or leave rounds out"
-        )
-    return parted(owners, range(every - 1, count, every))
-
-
 def gate_samples(inputs: Sequence[CalibrationInput]) -> list[int]:
     """Places of the samples about every GATED-th picture, from the second on: their gradients weigh the groups, gate
     descent, and are in no output curvature.
@@ -57,15 +38,16 @@ def gate_samples(inputs: Sequence[CalibrationInput]) -> list[int]:
     return list(range(len(owners))) if pictures < GATED else parted(owners, range(1, pictures, GATED))[1]
 
 
-def drawn_pictures(inputs: Sequence[CalibrationInput], share: float, seed: int) -> tuple[list[int], list[int], int]:
-    """(samples trained on, samples held out, pictures held out), a share of the pictures drawn by the seed.
+def mending_split(inputs: Sequence[CalibrationInput]) -> tuple[list[int], list[int], int]:
+    """(samples fitted to, samples that judge, pictures held out) of all that is fitted to a whole quantized model:
+    every JUDGED-th picture judges Jacobi rounds and fine-tuning alike.
 
-    With fewer than FEWEST_PICTURES pictures, or a share of 0, both are all of the samples and no picture is held out.
+    One split for both, since they follow each other: what the one was fitted to cannot say what the other is worth.
+    With fewer than JUDGED pictures both parts are all of the samples, and no picture is held out.
     """
     owners = picture_numbers(inputs)
     pictures = len(set(owners))
-    if pictures < FEWEST_PICTURES or share == 0:
+    if pictures < JUDGED:
         return list(range(len(owners))), list(range(len(owners))), 0
-    count = max(1, round(share * pictures))
-    order = torch.randperm(pictures, generator=torch.Generator().manual_seed(seed)).tolist()
-    return *parted(owners, set(order[:count])), count
+    apart = range(JUDGED - 1, pictures, JUDGED)
+    return *parted(owners, apart), len(apart)

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
-from toolchain.held_out import every_nth_picture
+from toolchain.errors import InputDataError
+from toolchain.held_out import JUDGED, mending_split, picture_numbers
 from toolchain.kl_shifts import Progress, divergence_of, inner_product, kl_gradients, newton_step, step_unit
 from toolchain.modules import keep_decoded, vq_modules
 from toolchain.objects import Pieces
@@ -37,8 +38,6 @@ from toolchain.round_moves import RoundOptions, moved_group, store_weights, stor
 from toolchain.sequence import groups_of, stretches
 from toolchain.values import BitPlan, LayerSpec
 from toolchain.vq.weights import VQWeights
-
-HELD_OUT = 4  # every so many-th picture chooses the step, and gives no gradient
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,12 @@ def jacobi_round(
     Raises:
         InputDataError: too few calibration pictures to hold some out.
     """
-    fit, apart = every_nth_picture(inputs, HELD_OUT)
+    fit, apart, pictures = mending_split(inputs)
+    if not pictures:
+        raise InputDataError(
+            f"a Jacobi round holds every {JUDGED}th calibration picture out: expected at least {JUDGED} different "
+            f"pictures, found {len(set(picture_numbers(inputs)))}; add pictures, or leave rounds out"
+        )
     members = groups_of(spec for spec in specs if not spec.tied_to)
     say = progress or (lambda what, done, total: None)
     own = (plan, options or RoundOptions(), pieces, seed, members, fit, apart, say, _Clock())

@@ -15,7 +15,7 @@ from toolchain.checkpoint import load_model, load_quantized, write_quantized
 from toolchain.errors import InputDataError, NumericGateError, UsageError
 from toolchain.finetune import fine_tune
 from toolchain.folders import open_checkpoint
-from toolchain.held_out import drawn_pictures
+from toolchain.held_out import mending_split
 from toolchain.kl import token_divergences
 from toolchain.models.family import family_for
 from toolchain.modules import vq_modules
@@ -85,7 +85,7 @@ def test_it_gets_nearer_on_all_samples_and_on_those_held_out(quantized, teacher,
 
 def test_what_is_reported_is_what_the_model_does(teacher, inputs, quantized, tuned):
     model, result, _ = tuned
-    _, held, pictures = drawn_pictures(inputs, FAST.held_out, 0)
+    _, held, pictures = mending_split(inputs)
     apart = [inputs[i] for i in held]
     assert (result.held_out_pictures, result.held_out_samples) == (pictures, len(held)) == (1, 2)
     assert result.after == pytest.approx(divergence(model, teacher, apart), rel=1e-3)
@@ -204,8 +204,8 @@ def test_what_cannot_be_tuned_is_refused(quantized, teacher, inputs):
         fine_tune(teacher, teacher, inputs, FAST, seed=0)
     with pytest.raises(UsageError, match="epochs: expected at least 1, found 0"):
         TuneSettings(epochs=0)
-    with pytest.raises(UsageError, match="held_out: expected a share from 0 to below 1"):
-        TuneSettings(held_out=1.0)
+    with pytest.raises(UsageError, match="warm_up: expected a share from 0 to below 1"):
+        TuneSettings(warm_up=1.0)
 
 
 def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
@@ -216,5 +216,5 @@ def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
         torch.testing.assert_close(target.log_probabilities[-1:], answer_scores(teacher, bare[0]))
         result = fine_tune(load_quantized(quantized), teacher, bare, settings, seed=0)
         assert result.before == pytest.approx(
-            divergence(load_quantized(quantized), teacher, [bare[i] for i in drawn_pictures(bare, 0.2, 0)[1]]), rel=1e-3
+            divergence(load_quantized(quantized), teacher, [bare[i] for i in mending_split(bare)[1]]), rel=1e-3
         )

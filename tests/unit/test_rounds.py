@@ -10,7 +10,8 @@ from quantized_tiny import groups_of, quantized_tiny
 
 from toolchain.calibration import calibration_inputs, collect_moments, read_manifest
 from toolchain.checkpoint import load_model
-from toolchain.held_out import every_nth_picture
+from toolchain.errors import InputDataError
+from toolchain.held_out import mending_split
 from toolchain.kl_shifts import divergence_of, kl_gradients, newton_step, teacher_scores
 from toolchain.models.family import family_for, read_config
 from toolchain.modules import keep_decoded, vq_modules
@@ -25,7 +26,7 @@ from toolchain.round_moves import (
     trusted_move,
     windows_of,
 )
-from toolchain.rounds import HELD_OUT, Statistics, jacobi_round
+from toolchain.rounds import Statistics, jacobi_round
 from toolchain.sequence import groups_of as grouped
 from toolchain.statistics import collect_loss_statistics
 from toolchain.values import CODES
@@ -75,9 +76,7 @@ def turn(setting, pieces, options=None, row_factors=None, specs=None):
 
 def held_out(setting):
     with keep_decoded(setting.model):
-        return divergence_of(
-            setting.model, setting.scores, setting.inputs, every_nth_picture(setting.inputs, HELD_OUT)[1]
-        )
+        return divergence_of(setting.model, setting.scores, setting.inputs, mending_split(setting.inputs)[1])
 
 
 def stored_bytes(setting):
@@ -138,6 +137,12 @@ def test_twice_the_same_bytes(tiny_qwen2_vl, tiny_manifest, tmp_path):
         turn(own, pieces, RoundOptions(steps=(0.4,)), factors)
         found.append(stored_bytes(own))
     assert found[0] == found[1]
+
+
+def test_too_few_pictures_to_hold_one_out_are_refused(setting, pieces):
+    few = SimpleNamespace(**{**vars(setting), "inputs": setting.inputs[:3] * 2})
+    with pytest.raises(InputDataError, match="at least 4 different pictures, found 3; add pictures, or leave rounds"):
+        turn(few, pieces)
 
 
 def test_a_group_that_is_not_asked_is_left_alone(setting, pieces):
