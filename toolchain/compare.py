@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolchain.answering import answered
 from toolchain.baselines.dense import quantize_dense
 from toolchain.bitplan import BitCount
 from toolchain.bitplan import plan as plan_bits
@@ -39,7 +41,7 @@ from toolchain.recipe import NAME as OURS
 from toolchain.recipe import parse_recipe
 from toolchain.reporter import Reporter, Silent
 from toolchain.sequence import LayerResult
-from toolchain.values import LayerSpec, Sample
+from toolchain.values import ANSWER_TOKENS, LayerSpec, Sample
 
 # They draw nothing: one seed says all.
 SEEDLESS = ("rtn", "gptq")
@@ -114,6 +116,7 @@ def compare_methods(
     seeds: Sequence[int] = (0,),
     against: str | None = None,
     progress: Reporter | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> list[dict[str, Any]]:
     """One row for full precision ("fp", first), then one for every method at every average of index bits asked for.
 
@@ -146,6 +149,8 @@ def compare_methods(
         bits: as for `bitplan.plan`, or several of them.
         seeds: of the quantization; the first of the bootstrap too.
         against: the method the others are held against; the first of ours when absent.
+        answer_tokens: of the model's own answers to calibration lines without one (`answering.answered`), made once
+            for all methods.
 
     Raises:
         UsageError, UnsupportedError, InputDataError: before any work: a method or an average that is not possible,
@@ -160,7 +165,7 @@ def compare_methods(
     check_averages(specs, averages, methods)
     check_answers(evaluation)
     refuse_overlap(calibration, evaluation)
-    bench = _open(folder, family, specs, calibration, evaluation, progress or Silent())
+    bench = _open(folder, family, specs, calibration, evaluation, progress or Silent(), answer_tokens)
     pictures = Pictures(picture_clusters(evaluation), seeds[0])
     rows = [_measure_full_precision(bench)]
     for average in averages:
@@ -203,13 +208,17 @@ def _open(
     calibration: list[Sample],
     evaluation: list[Sample],
     report: Reporter,
+    answer_tokens: int,
 ) -> _Bench:
     processor = family.load_processor(folder)
     report.stage(f"fp         {len(evaluation)} questions")
     dense = load_model(folder)
     reference = log_probabilities_of(dense, processor, evaluation, report.step)
     inputs = calibration_inputs(processor, evaluation)
-    return _Bench(folder, family, processor, specs, calibration, evaluation, inputs, dense, reference, report)
+    graphs = partial(torch_graphs, family, dense)
+    told = partial(report.step, what="answers")
+    filled = answered(processor.host, graphs, calibration, answer_tokens, told)
+    return _Bench(folder, family, processor, specs, filled, evaluation, inputs, dense, reference, report)
 
 
 def _measure_full_precision(bench: _Bench) -> dict[str, Any]:
@@ -249,7 +258,15 @@ def _quantize(bench: _Bench, method: str, bits: float, seed: int) -> Quantized:
     with tempfile.TemporaryDirectory(prefix="mgvq-compare-") as temporary:
         out = Path(temporary) / method
         result = quantize_checkpoint(
-            folder, samples, out, method=method, bits=bits, seed=seed, progress=step, watch=watch
+            folder,
+            samples,
+            out,
+            method=method,
+            bits=bits,
+            seed=seed,
+            progress=step,
+            watch=watch,
+            answer_tokens=0,  # answered already, where they are to be
         )
         return Quantized(load_quantized(out), result.bits, result.layers, result.seconds, read_orders(out))
 

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from toolchain.bit_allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS
 from toolchain.errors import InputDataError, UsageError
 from toolchain.recipe import NAME, parse_recipe
+from toolchain.values import ANSWER_TOKENS
 
 
 class Section(BaseModel):
@@ -29,6 +30,9 @@ class QuantizeSettings(Section):
     codes: dict[str, str] = Field(default_factory=dict, description="module-name pattern → code V,k,L; last match wins")
     seed: int = 0
     samples: int | None = Field(None, gt=0, description="use the first N calibration lines; all when absent")
+    answer_tokens: int = Field(
+        ANSWER_TOKENS, ge=0, description="most tokens of the model's own answers to calibration lines without one"
+    )
 
     @field_validator("method")
     @classmethod

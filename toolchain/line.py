@@ -137,6 +137,7 @@ def _quantize_stage(checked: Checked, run: RunFolder, reporter: Reporter, name: 
             progress=layer_progress(reporter, checked.family.layers(checked.checkpoint.config)),
             watch=lambda what, done, total: reporter.step(done, total, what),
             note=reporter.note,
+            answer_tokens=settings.quantize.answer_tokens,
         )
         return quantize_summary(result)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toolchain import __version__
+from toolchain.answering import answered
 from toolchain.bitplan import BitCount, real_bits
 from toolchain.bitplan import plan as plan_bits
 from toolchain.calibration import calibration_inputs, layer_moments, samples_hash
@@ -26,11 +27,12 @@ from toolchain.methods import method_named
 from toolchain.mgvq import Made, quantize_model
 from toolchain.models.family import family_for
 from toolchain.models.inventory import kept_parameters
+from toolchain.models.runner import torch_graphs
 from toolchain.objects import ObjectStore
 from toolchain.recipe import Recipe
 from toolchain.rotation_choice import trials_json
 from toolchain.sequence import LayerResult, Progress, Solved, planned_code, quantize_in_sequence
-from toolchain.values import BitPlan, LayerSpec, Sample, sha256_file, write_json
+from toolchain.values import ANSWER_TOKENS, BitPlan, LayerSpec, Sample, sha256_file, write_json
 from toolchain.vq.weights import Method, Options
 
 
@@ -61,6 +63,7 @@ def quantize_checkpoint(
     watch: Watch | None = None,
     note: Callable[[str], None] | None = None,
     resume: str = "auto",
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> QuantizeResult:
     """Quantize a checkpoint folder into `out`, which appears whole or not at all, bitplan.json and layers.json in it.
 
@@ -68,7 +71,7 @@ def quantize_checkpoint(
     ends in the same bytes. Those of other settings stay beside it.
 
     Args:
-        samples: calibration data (`calibration.read_manifest`).
+        samples: calibration data (`calibration.read_manifest`); lines without an answer get the model's own.
         method: a recipe of mgvq (`toolchain.recipe`) or a baseline (`toolchain.methods`).
         bits, budget_bytes, overrides: as for `bitplan.plan`.
         seed: everything random is drawn from it and a group's name; same machine and threads, same bytes.
@@ -76,6 +79,7 @@ def quantize_checkpoint(
         watch: called with (what, done, total) during everything else that takes time.
         note: told of pieces that a run of other settings has left there.
         resume: "auto", "required" or "never" (`objects.ObjectStore.open`).
+        answer_tokens: of the answers that the model gives itself (`answering.answered`); 0 for none.
 
     Raises:
         UsageError, UnsupportedError, InputDataError: before any work where they can be known then.
@@ -86,12 +90,21 @@ def quantize_checkpoint(
     base = open_checkpoint(folder)
     family = family_for(base.config)
     specs = family.layers(base.config)
-    model = load_model(folder)
-    inputs = calibration_inputs(family.load_processor(Path(folder)), samples)
+    model, processor = load_model(folder), family.load_processor(Path(folder))
     limits = (bits, budget_bytes, tuple(overrides))
-    job = Job(model, family, base.config, specs, inputs, *limits, options or Options(), seed, kept_dtype(base))
-    key = _key(base, samples, method, job)
+    job = Job(model, family, base.config, specs, [], *limits, options or Options(), seed, kept_dtype(base))
+    key = _key(base, samples, method, job) | {"answer_tokens": answer_tokens}
     store = ObjectStore.open(Path(out).with_name(Path(out).name + ".partial"), key, resume, note)
+    say = watch or (lambda what, done, total: None)
+    filled = answered(
+        processor.host,
+        lambda: torch_graphs(family, model),
+        samples,
+        answer_tokens,
+        lambda done, total: say("answers", done, total),
+        store,
+    )
+    job = replace(job, inputs=calibration_inputs(processor, filled))
     made = (
         quantize_model(job, chosen, store, progress, watch)
         if isinstance(chosen, Recipe)
@@ -99,6 +112,7 @@ def quantize_checkpoint(
     )
     with staged_folder(out) as staging:
         calibration = {"samples": len(samples), "sha256": key["calibration"], "seed": seed}
+        calibration |= {"answered": sum(one.answer is None for one in samples), "answer_tokens": answer_tokens}
         write_quantized(made.model, base, staging, made.plan, method=method, calibration=calibration)
         write_json(staging / "layers.json", {"method": method, "layers": [asdict(layer) for layer in made.layers]})
         _write_findings(made, staging)

@@ -266,6 +266,9 @@ class BitPlan:
         return cls(layers, dict(data["kept"]), data.get("requested_bits"))
 
 
+ANSWER_TOKENS = 64  # of the answers that calibration lines without one get from the model, unless said otherwise
+
+
 @dataclass(frozen=True)
 class Sample:
     """One picture and one question of a manifest; `answer` is None where the line had none. `image` is absolute."""

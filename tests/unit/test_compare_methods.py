@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from toolchain import answering, compare
 from toolchain.baselines.compared import ComparedGroup
 from toolchain.baselines.dense import dense_bits, quantize_dense
 from toolchain.bitplan import plan as plan_bits
@@ -47,6 +49,33 @@ def manifests(tiny_manifest, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def rows(tiny_qwen2_vl, samples):
     return compare_methods(tiny_qwen2_vl, *samples, bits=[2.0, 3.0], methods=["rtn", "gptq", "vptq"])
+
+
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_lines_without_answers_are_answered_once_for_all_methods(tiny_qwen2_vl, samples, monkeypatch, tokens):
+    """Both kinds of method get the same lines, and neither asks the model again."""
+    asked, given = [], []
+    greedy, quantize, dense = answering.greedy, compare.quantize_checkpoint, compare.quantize_dense
+
+    def counted(host, graphs, prompts, most_tokens):
+        asked.append((len(prompts), most_tokens))
+        return greedy(host, graphs, prompts, most_tokens)
+
+    def watched(function):
+        def call(folder, lines, *arguments, **settings):
+            given.append(lines)
+            return function(folder, lines, *arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(answering, "greedy", counted)
+    monkeypatch.setattr(compare, "quantize_checkpoint", watched(quantize))
+    monkeypatch.setattr(compare, "quantize_dense", watched(dense))
+    bare = [replace(one, answer=None) for one in samples[0]]
+    compare_methods(tiny_qwen2_vl, bare, samples[1], bits=2.0, methods=["rtn", "vptq"], answer_tokens=tokens)
+    assert asked == ([(3, 3)] if tokens else [])
+    assert given[0] == given[1]
+    assert all((one.answer is None) == (tokens == 0) for one in given[0])
 
 
 def test_full_precision_comes_first(rows, tiny_qwen2_vl):

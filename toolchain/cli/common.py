@@ -44,6 +44,10 @@ BudgetOption = Annotated[
     typer.Option("--budget", help="Most bytes of all weights, such as 3GiB: spent on bits, or with --bits a limit."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+AnswerTokensOption = Annotated[
+    int,
+    typer.Option(min=0, help="Most tokens of the model's own answers to calibration lines without one; 0 for none."),
+]
 ProviderOption = Annotated[Provider, typer.Option("--provider", help="onnxruntime's execution provider.")]
 EnginesOption = Annotated[
     Path | None, typer.Option("--engines", help="Folder that mgvq build wrote, for tensorrt and tensorrt_rtx.")

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from toolchain.cli.app import app
-from toolchain.cli.common import CalibOption, Format, FormatOption, ModelOption, Progress, emit, size, table
+from toolchain.cli.common import (
+    AnswerTokensOption,
+    CalibOption,
+    Format,
+    FormatOption,
+    ModelOption,
+    Progress,
+    emit,
+    size,
+    table,
+)
+from toolchain.values import ANSWER_TOKENS
 
 COLUMNS = ["method", "index bits", "real bits", "size", "KL, nats a token", "95 %", "accuracy", "seconds"]
 LAYER_COLUMNS = ["part", "layer", "code", "text", "image", "both"]
@@ -28,6 +39,7 @@ def compare(
     against: Annotated[
         str | None, typer.Option(help="Method to divide every KL by; the first of ours when absent.")
     ] = None,
+    answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for compare.json and compare.svg; must be new.")
     ] = None,
@@ -44,7 +56,7 @@ def compare(
     if output is not None:
         check_output(output)
     calibration, evaluation = read_manifest(calib), read_manifest(data)[:samples]
-    rows = compare_methods(model, calibration, evaluation, averages, names, drawn, against, Progress())
+    rows = compare_methods(model, calibration, evaluation, averages, names, drawn, against, Progress(), answer_tokens)
     result = {"rows": rows, "calibration_samples": len(calibration), "questions": len(evaluation), "seeds": drawn}
     if output is not None:
         from toolchain.compare_plot import plot_rows

@@ -10,6 +10,7 @@ import typer
 
 from toolchain.cli.app import app
 from toolchain.cli.common import (
+    AnswerTokensOption,
     BitsOption,
     BudgetOption,
     CalibOption,
@@ -27,6 +28,7 @@ from toolchain.cli.common import (
     table,
 )
 from toolchain.errors import BudgetError, UsageError
+from toolchain.values import ANSWER_TOKENS
 
 
 def parse_codes(assignments: list[str]) -> list[tuple[str, str]]:
@@ -50,6 +52,7 @@ def quantize(
     ] = "mgvq",
     code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
     seed: SeedOption = 0,
+    answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     resume: Annotated[
         str,
         typer.Option(help="auto: go on where a killed run of these settings was; required: only that; never: anew."),
@@ -83,6 +86,7 @@ def quantize(
         watch=lambda what, done, total: progress.step(done, total, what),
         note=progress.note,
         resume=resume,
+        answer_tokens=answer_tokens,
     )
     summary = quantize_summary(result)
     rows = [
