@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from toolchain.device.interrupts import held_interrupts
 from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError, UnsupportedError
 
 Shapes = Mapping[str, Sequence[Sequence[int]]]  # input → [smallest, usual, largest] shape
@@ -109,7 +110,8 @@ class Builder:
         """
         started = time.perf_counter()
         network = self.empty_network()
-        self._parse(name, path, network)
+        with held_interrupts():
+            self._parse(name, path, network)
         layers = [network.get_layer(i) for i in range(network.num_layers)]
         plugins = tuple(layer.name for layer in layers if str(layer.type).rpartition(".")[2].startswith("PLUGIN"))
         if check is not None:
@@ -125,10 +127,11 @@ class Builder:
         return self.builder.create_network(0 if typed is None else 1 << int(typed))
 
     def build_network(self, name: str, network: Any, profiles: Sequence[Shapes] = ()) -> Any:
-        """The serialized plan of a network, as the library's host memory."""
-        config = self._config(name, network, profiles)
+        """The serialized plan of a network, as the library's host memory. Ctrl-C stops it after the step under way."""
         already = len(self.log.errors)
-        plan = self.builder.build_serialized_network(network, config)
+        with held_interrupts() as is_interrupted:
+            config = self._config(name, network, profiles, is_interrupted)
+            plan = self.builder.build_serialized_network(network, config)
         if plan is None and self.watch is not None and self.watch.is_low():
             raise BudgetError(
                 f"graph {name}: the build was stopped when available memory fell below "
@@ -142,7 +145,7 @@ class Builder:
             self.timing_cache = bytes(memoryview(config.get_timing_cache().serialize()))
         return plan
 
-    def _config(self, name: str, network: Any, profiles: Sequence[Shapes]) -> Any:
+    def _config(self, name: str, network: Any, profiles: Sequence[Shapes], is_interrupted: Callable[[], bool]) -> Any:
         config = self.builder.create_builder_config()
         # Names of layers carry module paths, which profiles report and the plugin count looks for.
         config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
@@ -163,7 +166,11 @@ class Builder:
             for each, three in shapes.items():
                 profile.set_shape(each, *(tuple(shape) for shape in three))
             config.add_optimization_profile(profile)
-        config.progress_monitor = _progress_monitor(self.trt, name, self.progress, self.watch)
+
+        def goes_on() -> bool:
+            return not is_interrupted() and (self.watch is None or not self.watch.is_low())
+
+        config.progress_monitor = _progress_monitor(self.trt, name, self.progress, goes_on)
         return config
 
     def _parse(self, name: str, path: Path, network: Any) -> None:
@@ -251,8 +258,8 @@ def collecting_logger(trt: ModuleType) -> Any:
     return CollectingLogger()
 
 
-def _progress_monitor(trt: ModuleType, graph: str, progress: Progress | None, watch: MemoryWatch | None) -> Any:
-    """An IProgressMonitor that reports every step of every phase, and stops the build when memory runs low."""
+def _progress_monitor(trt: ModuleType, graph: str, progress: Progress | None, goes_on: Callable[[], bool]) -> Any:
+    """An IProgressMonitor that reports every step of every phase, and stops the build when it is not to go on."""
     report = progress or (lambda *_: None)
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
@@ -266,7 +273,7 @@ def _progress_monitor(trt: ModuleType, graph: str, progress: Progress | None, wa
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             report(graph, phase_name, step + 1, self.steps[phase_name])
-            return watch is None or not watch.is_low()
+            return goes_on()
 
         def phase_finish(self, phase_name: str) -> None:
             report(graph, phase_name, self.steps[phase_name], self.steps.pop(phase_name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -191,6 +192,21 @@ class TestWithRtx:
         assert json.loads((tmp_path / "e" / "build.json").read_text()) == json.loads(json.dumps(report.to_json()))
         assert report.builder_version == importlib.import_module("tensorrt_rtx").__version__
 
+    def test_ctrl_c_stops_a_build_although_the_library_swallows_what_callbacks_raise(self, bundle, tmp_path):
+        asked = []
+
+        def interrupts(graph: str, phase: str, done: int, total: int) -> None:
+            if not asked:
+                asked.append(phase)
+                signal.raise_signal(signal.SIGINT)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            engine.build_engines(bundle, tmp_path / "engines", "tensorrt_rtx", progress=interrupts)
+        assert asked
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert not (tmp_path / "engines").exists()
+
     def test_dense_twin_is_built_for_its_size_alone(self, tmp_path):
         """A layer of 1024x1024: symbols widened to int32 are one byte a weight, the dense twin two."""
         bundle = make_bundle(tmp_path, linear_model(rows=1024, columns=1024), {"decoder": {"x": [[1, 1024]] * 3}})
@@ -247,7 +263,7 @@ class TestWithRtx:
     def test_memory_pools_reach_the_builder(self):
         trt = importlib.import_module("tensorrt_rtx")
         builder = Builder(trt, "tensorrt_rtx", BuilderOptions("86", {"WORKSPACE": 1 << 28, "TACTIC_DRAM": 1 << 29}))
-        config = builder._config("g", None, ())
+        config = builder._config("g", None, (), lambda: False)
         assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
         assert config.get_memory_pool_limit(trt.MemoryPoolType.TACTIC_DRAM) == 1 << 29
 
