@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
@@ -32,7 +32,6 @@ from toolchain.errors import EnvironmentMismatch, MgvqError, UsageError
 
 if TYPE_CHECKING:
     from toolchain.device.chat import Conversation, Reply
-    from toolchain.device.engine import BuildReport
     from toolchain.device.sampling import Sampler
 
 
@@ -99,6 +98,7 @@ def build(
     """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
     from toolchain.bundle import open_bundle
     from toolchain.device.engine import BuildOptions, build_engines, check_arguments
+    from toolchain.device.loaded_engines import read_build
 
     backend = builder.value
     if dense is not None and backend != "tensorrt_rtx":
@@ -111,7 +111,9 @@ def build(
         twins = twins or ({"--no-dense": True} if backend == "tensorrt_rtx" else {})
         flags = {"--backend": backend, "--sm": sm, "--level": level, "--ignore-memory": ignore_memory, **twins}
         flags |= {"--no-check": no_check}
-        run_there(host, "build", bundle, output, flags | {"--format": form.value}, {"--plugin": plugin}, remote)
+        run_there(host, "build", bundle, output, flags, {"--plugin": plugin}, remote)
+        next_ = f"mgvq profile {bundle} --host {host} --backend {backend} --engines {output} -o PROFILE"
+        _emit_build(read_build(output), output, next_, form)
         return
     remote.refuse_idle()
     opened = open_bundle(bundle)
@@ -123,25 +125,31 @@ def build(
             progress=lambda graph, phase, done, total: progress.step(done, total, f"{graph}: {phase}"),
             say=lambda what: progress.stage(f"  {what}"),
         )  # fmt: skip
-    next_ = f"next     mgvq run {bundle} --backend {backend} --engines {output} --prompt QUESTION --image PICTURE"
-    emit(report.to_json(), f"{_build_text(report)}\nengines  {output}\n{next_}", form)
+    next_ = f"mgvq run {bundle} --backend {backend} --engines {output} --prompt QUESTION --image PICTURE"
+    _emit_build(report.to_json(), output, next_, form)
 
 
 CHECK_TEXT = "compared {calls} calls with {against}: worst {worst}, {relative_error:.1e} of {allowed:.1e} allowed"
 MOST_WARNINGS = 5  # shown; a builder may have one for every layer
 
 
-def _build_text(report: BuildReport) -> str:
+def _emit_build(record: dict[str, Any], output: Path, next_: str, form: Format) -> None:
+    emit(record, f"{_build_text(record)}\nengines  {output}\nnext     {next_}", form)
+
+
+def _build_text(record: Mapping[str, Any]) -> str:
+    """build.json for people."""
     rows = [
-        {"graph": e.graph, "engine": size(e.bytes), "dense": size(e.dense_bytes) if e.dense_bytes else "not built",
-         "ratio": f"{e.bytes / e.dense_bytes:.2f}" if e.dense_bytes else "", "layers": e.layers,
-         "plugins": e.plugin_layers, "seconds": f"{e.seconds:.1f}"}
-        for e in report.engines
+        {"graph": e["graph"], "engine": size(e["bytes"]),
+         "dense": size(e["dense_bytes"]) if e["dense_bytes"] else "not built",
+         "ratio": f"{e['bytes'] / e['dense_bytes']:.2f}" if e["dense_bytes"] else "", "layers": e["layers"],
+         "plugins": e["plugin_layers"], "seconds": f"{e['seconds']:.1f}"}
+        for e in record["engines"]
     ]  # fmt: skip
-    head = f"{report.backend} {report.builder_version}, SM {report.sm}\n"
-    check = "\n" + CHECK_TEXT.format(**report.check) if report.check else ""
-    warnings = "".join(f"\nwarning: {text}" for text in report.warnings[:MOST_WARNINGS])
-    if (more := len(report.warnings) - MOST_WARNINGS) > 0:
+    head = f"{record['backend']} {record['builder_version']}, SM {record['sm']}\n"
+    check = "\n" + CHECK_TEXT.format(**record["check"]) if record.get("check") else ""
+    warnings = "".join(f"\nwarning: {text}" for text in record["warnings"][:MOST_WARNINGS])
+    if (more := len(record["warnings"]) - MOST_WARNINGS) > 0:
         warnings += f"\n{more} more warnings of the builder are in build.json"
     return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + check + warnings
 

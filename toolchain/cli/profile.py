@@ -62,7 +62,7 @@ def profile(
 ) -> None:
     """Measure each phase of an answer, and where in the model its time goes: profile.json and profile.html."""
     from toolchain.device.profile import Settings
-    from toolchain.folders import check_output
+    from toolchain.folders import check_output, read_json
 
     settings = Settings(repeats, warmup, tokens)
     remote = RemoteFlags(python, remote_mgvq, ssh_config)
@@ -72,13 +72,14 @@ def profile(
     check_output(output)
     if host is not None:
         flags = {"--backend": backend.value, "--prompt": prompt, "--repeats": repeats, "--warmup": warmup,
-                 "--tokens": tokens, "--provider": provider.value, "--format": form.value}  # fmt: skip
+                 "--tokens": tokens, "--provider": provider.value}  # fmt: skip
         run_there(host, "profile", source, output, flags, {"--image": image, "--engines": engines}, remote)
-        return
-    data = _profile_here(_opened(source, backend, engines, provider, image, prompt, tokens), settings, output)
+        data = read_json(output / "profile.json")
+    else:
+        data = _profile_here(_opened(source, backend, engines, provider, image, prompt, tokens), settings, output)
     from toolchain.device.profile_result import profile_text
 
-    emit(data, f"{profile_text(data)}\n{output / 'profile.html'}", form)
+    emit(data, f"{profile_text(data)}\n{output / 'profile.html'}" if form is Format.text else "", form)
 
 
 @dataclass(frozen=True)

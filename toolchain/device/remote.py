@@ -3,7 +3,7 @@
     1  reach the board, ask what it has (Python, space, rsync)      refused with exit 6 and what to do
     2  send what it lacks of the bundle and of other inputs         remote_store
     3  a virtual environment there from the bundle's own wheel      remote_install
-    4  run the verb, its output shown as it comes; ctrl-C stops it  remote_agent
+    4  run the verb, its stderr shown as it comes; ctrl-C stops it  remote_agent
     5  bring the output folder back: all of it, or nothing
 
 Nothing is written on the board outside `RemoteOptions.folder`.
@@ -73,8 +73,9 @@ def run_remote(
 ) -> int:
     """Run `mgvq VERB SOURCE -o OUTPUT ARGUMENTS` on a board; its exit code.
 
-    Its stdout and stderr are ours as they come. `output` is there, whole, when the code is 0; with another code nothing
-    is brought back and the message says where it lies on the board.
+    Its stderr is ours as it comes; its stdout, which names the board's paths, is not shown: the result is `output`.
+    That is there, whole, when the code is 0; with another code nothing is brought back and the message says where it
+    lies on the board.
 
     Args:
         host: user@board, or a name of ~/.ssh/config.
@@ -191,6 +192,7 @@ def _run_verb(connection: Connection, options: RemoteOptions, command: Sequence[
     process = subprocess.Popen(
         connection.command(" ".join(shlex.quote(word) for word in words)),
         stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         start_new_session=True,  # ctrl-C goes to us alone; we stop the verb and wait for what it says
     )
     assert process.stdin is not None

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from toolchain.cli import main
+from toolchain.cli.board import MOST_WARNINGS, _build_text
 from toolchain.device import remote
+from toolchain.device.engine import BuildReport, BuiltEngine
 from toolchain.errors import EnvironmentMismatch
+
+ENGINE = BuiltEngine("vision", "vision.engine", 1 << 20, 1.0, 5, plugin_layers=3)
+REPORT = BuildReport("tensorrt", "10.3", "87", "b", (ENGINE,), ())
 
 
 @pytest.fixture
-def sent(monkeypatch):
-    """What `run_remote` was called with; the board's exit code is `sent["code"]`."""
+def sent(monkeypatch, tmp_path):
+    """What `run_remote` was called with; the board's exit code is `sent["code"]`, its engines come to ./e."""
     found: dict = {"code": 0}
+    monkeypatch.chdir(tmp_path)
 
     def run_remote(host, verb, source, output, arguments, *, inputs, options):
         found.update(host=host, verb=verb, source=source, output=output, arguments=arguments, inputs=inputs)
         found["options"] = options
+        if found["code"] == 0:
+            output.mkdir(exist_ok=True)
+            (output / "build.json").write_text(json.dumps(REPORT.to_json()))
         return found["code"]
 
     monkeypatch.setattr(remote, "run_remote", run_remote)
@@ -31,8 +42,7 @@ def test_a_build_on_a_board_is_the_same_verb_there(sent, tmp_path):
     command += ["--no-check"]
     assert main([str(word) for word in [*command, "--python", "python3.10"]]) == 0
     assert (sent["host"], sent["verb"], sent["source"], sent["output"]) == ("user@board", "build", Path("b"), Path("e"))
-    expected = ["--backend", "tensorrt", "--level", "2", "--ignore-memory", "--no-check", "--format", "text"]
-    assert sent["arguments"] == expected
+    assert sent["arguments"] == ["--backend", "tensorrt", "--level", "2", "--ignore-memory", "--no-check"]
     assert sent["inputs"] == {"--plugin": plugin}
     assert sent["options"].python == "python3.10"
 
@@ -41,7 +51,17 @@ def test_dense_twins_are_built_on_a_board_only_if_asked_for(sent):
     command = ["build", "b", "-o", "e", "--host", "h", "--backend", "tensorrt_rtx", "--format", "json"]
     for flags, expected in (([], "--no-dense"), (["--no-dense"], "--no-dense"), (["--dense"], "--dense")):
         assert main([*command, *flags]) == 0
-        assert sent["arguments"] == ["--backend", "tensorrt_rtx", expected, "--format", "json"]
+        assert sent["arguments"] == ["--backend", "tensorrt_rtx", expected]
+
+
+def test_what_came_back_is_told_with_the_paths_of_this_machine(sent, capsys):
+    assert main(["build", "b", "-o", "e", "--host", "user@board"]) == 0
+    text = capsys.readouterr().out
+    assert "engines  e\n" in text
+    assert "next     mgvq profile b --host user@board --backend tensorrt --engines e -o PROFILE\n" in text
+    assert "vision  1.0 MiB" in text
+    assert main(["build", "b", "-o", "e", "--host", "user@board", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path("e/build.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -60,13 +80,9 @@ def test_flags_without_effect_are_refused_before_a_board_is_asked(sent, capsys, 
 
 
 def test_warnings_are_shown_as_far_as_a_person_reads_them():
-    from toolchain.cli.board import MOST_WARNINGS, _build_text
-    from toolchain.device.engine import BuildReport, BuiltEngine
-
-    engine = BuiltEngine("vision", "vision.engine", 1 << 20, 1.0, 5, plugin_layers=3)
     for count, more in ((MOST_WARNINGS, None), (70, "65 more warnings of the builder are in build.json")):
-        report = BuildReport("tensorrt", "10.3", "87", "b", (engine,), tuple(f"w{i}" for i in range(count)))
-        lines = _build_text(report).splitlines()
+        report = dataclasses.replace(REPORT, warnings=tuple(f"w{i}" for i in range(count)))
+        lines = _build_text(report.to_json()).splitlines()
         assert [line for line in lines if line.startswith("warning: ")] == [f"warning: w{i}" for i in range(5)]
         assert (lines[-1] == more) == (more is not None)
 
