@@ -95,7 +95,7 @@ def _check_starts(connection: Connection, command: list[str]) -> None:
     done = connection.run(" ".join(shlex.quote(word) for word in [*command, "--version"]))
     said = done.stdout.strip()
     if done.returncode or said != f"mgvq {__version__}":
-        found = said or (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        found = said.partition("\n")[0] or (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise EnvironmentMismatch(
             f"{connection.host}: expected mgvq {__version__}, found {found!r} from {' '.join(command)}; install this "
             "version there, or make the bundle again with it"

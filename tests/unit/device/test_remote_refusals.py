@@ -42,7 +42,7 @@ def test_no_space_is_refused_before_anything_is_sent(board, bundle):
 
 @needs_rsync
 def test_an_mgvq_of_another_version_is_refused(board, bundle, tmp_path):
-    other = executable(tmp_path / "other", "#!/bin/sh\necho mgvq 0.0.0\n")
+    other = executable(tmp_path / "other", "#!/bin/sh\necho mgvq 0.0.0\necho and a license\n")
     odd = replace(board, options=replace(board.options, mgvq=str(other)))
     with pytest.raises(EnvironmentMismatch, match=f"expected mgvq {__version__}, found 'mgvq 0.0.0'"):
         run(odd, "copy", bundle, tmp_path / "out")
