@@ -125,9 +125,9 @@ def open_bundle(folder: Path) -> Bundle:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputDataError(
-            f"{folder}: expected a bundle folder with {MANIFEST}, found none; give the folder `mgvq bundle` wrote"
-        )
+        inside = folder / "bundle"  # where a run folder has it
+        meant = inside if (inside / MANIFEST).is_file() else "the folder `mgvq bundle` wrote"
+        raise InputDataError(f"{folder}: expected a bundle folder with {MANIFEST}, found none; give {meant}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

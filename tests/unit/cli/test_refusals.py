@@ -167,6 +167,11 @@ def test_no_bundle(refused, tmp_path):
     refused(7, "expected a bundle folder with manifest.json", "run", tmp_path, "--prompt", "?")
 
 
+def test_a_run_folder_where_its_bundle_was_meant(refused, bundle):
+    assert bundle.name == "bundle"
+    refused(7, f"found none; give {bundle}", "run", bundle.parent, "--prompt", "?")
+
+
 def test_unknown_backend_and_flag_without_effect(refused, bundle, tmp_path):
     for verb in (["build", bundle, "-o", tmp_path / "e"], ["profile", bundle, "-o", tmp_path / "e"],
                  ["run", bundle, "--prompt", "?"]):  # fmt: skip
