@@ -271,20 +271,14 @@ def test_the_bundle_builds_with_tensorrt_for_rtx(finished, tmp_path, capsys):
 
 @pytest.mark.rtx
 def test_engines_without_a_device_are_refused(finished, tmp_path, capsys):
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    command = [
-        "run",
-        str(finished / "bundle"),
-        "--prompt",
-        "?",
-        "--backend",
-        "tensorrt_rtx",
-        "--engines",
-        str(tmp_path),
-    ]
-    assert main(command) == 6
+    digest = json.loads((finished / "bundle" / "manifest.json").read_text())["manifest_sha256"]
+    record = {"backend": "tensorrt_rtx", "builder_version": trt.__version__, "bundle": digest, "engines": []}
+    (tmp_path / "build.json").write_text(json.dumps(record))
+    command = ["run", finished / "bundle", "--prompt", "?", "--backend", "tensorrt_rtx", "--engines", tmp_path]
+    assert main([str(word) for word in command]) == 6
     error = capsys.readouterr().err
     assert "CUDA" in error
     assert "Traceback" not in error
