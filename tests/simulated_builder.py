@@ -7,6 +7,7 @@ self-test runs on the CPU. It shows order, arguments and refusals; it says nothi
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,9 +51,9 @@ class SimulatedBoard:
         module.LayerInformationFormat = SimpleNamespace(JSON="json")
         module.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
         module.DataType = SimpleNamespace(**TYPES)
-        module.PluginField = lambda name, value, kind: (name, int(value[0]))
+        module.PluginField = lambda name, value, kind: (name, weakref.ref(value))  # it points into the array
         module.PluginFieldType = SimpleNamespace(INT32="int32")
-        module.PluginFieldCollection = dict
+        module.PluginFieldCollection = list
         module.TensorRTPhase = SimpleNamespace(BUILD="build")
         module.get_plugin_registry = lambda: self
         runtime = module.Runtime
@@ -70,7 +71,11 @@ class SimulatedBoard:
         assert (version, namespace) == ("1", "")
         if not self.registered or name not in self.creators:
             return None
-        return SimpleNamespace(create_plugin=lambda case, fields, phase: (name, fields))
+
+        def create_plugin(case, fields, phase):
+            return name, {key: int(number()[0]) for key, number in fields}
+
+        return SimpleNamespace(create_plugin=create_plugin)
 
 
 class InspectedRuntime:

@@ -306,6 +306,7 @@ class _Build:
         from toolchain.device.selftest import FILE, check_plugins, read_cases
 
         assert self.board is not None
+        cuda = Cuda()  # refused before minutes of compiling
         wanted = Wanted(self.board.machine, self.sm, self.trt.__version__)
         library = prepare_library(self.bundle, self.options.plugin_library, wanted, out, building, self.say)
         load_into(self.trt, builder.log, library.path)
@@ -315,7 +316,7 @@ class _Build:
             return
         cases = read_cases(self.bundle.path(FILE))
         self.say(f"plugins: {len(cases)} self-test cases")
-        check_plugins(self.trt, builder, Cuda(), cases)
+        check_plugins(self.trt, builder, cuda, cases)
         self.cases = len(cases)
         keep_compiled(library, out)
 

@@ -181,10 +181,8 @@ def _add_node(trt: ModuleType, log: Any, network: Any, case: Case) -> None:
         inputs.append(network.add_input(f"{case.name}/{key}", kind, array.shape))
     sizes = {"rows": case.rows, "columns": case.columns, "vector": case.code.vector, "shift": case.code.shift}
     sizes |= {"window": case.code.window, "format_version": FORMAT_VERSION}
-    fields = [
-        trt.PluginField(key, np.array([value], dtype=np.int32), trt.PluginFieldType.INT32)
-        for key, value in sizes.items()
-    ]
+    numbers = {key: np.array([value], dtype=np.int32) for key, value in sizes.items()}  # fields point into them
+    fields = [trt.PluginField(key, number, trt.PluginFieldType.INT32) for key, number in numbers.items()]
     creator = trt.get_plugin_registry().get_creator(case.op, "1", "")
     plugin = creator.create_plugin(case.name, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
     layer = None if plugin is None else network.add_plugin_v3(inputs, [], plugin)

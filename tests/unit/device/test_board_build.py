@@ -157,10 +157,13 @@ class TestPluginRefusals:
         simulated()
         self.refused(InputDataError, "x.so does not exist", bundle, tmp_path / "e", tmp_path / "x.so", 7)
 
-    def test_cuda_without_driver(self, simulated, bundle, given, tmp_path):
+    def test_cuda_without_driver(self, simulated, bundle, given, tmp_path, monkeypatch):
+        monkeypatch.setattr(plugin_library, "compile_library", lambda *_: pytest.fail("compiled for nothing"))
         simulated(cuda=SimulatedCuda(driver=Status.cudaErrorInsufficientDriver))
         words = "CUDA does not start: cudaStreamCreate: CUDA error 35 .cudaErrorInsufficientDriver"
         self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", given, 6)
+        # Before the plugin is compiled, which takes minutes.
+        self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", None, 6)
 
     def test_a_body_that_won_the_parsers_choice(self, simulated, pieces, given, tmp_path):
         board = simulated()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from board_bundles import TARGET, place
+from plugin_headers import header_folders
 
-from toolchain.bundle import write_bundle
+from toolchain.board_kit import plugin_sources
+from toolchain.bundle import open_bundle, write_bundle
 from toolchain.device import plugin_library
 from toolchain.device.plugin_library import Wanted
 from toolchain.errors import EnvironmentMismatch, InputDataError
+from toolchain.kernels.build import missing_tools
 
 
 @pytest.fixture
@@ -125,6 +130,25 @@ class TestPluginLibrary:
             EnvironmentMismatch, match=r"missing: nvcc of CUDA 12.6 or newer; cmake 3.20; by hand: cmake"
         ):
             self.prepare(bundle, tmp_path / "none", tmp_path / "one")
+
+    @pytest.mark.slow
+    def test_the_packages_own_sources_compile_for_an_orin_and_export_two_entries(self, tmp_path, monkeypatch):
+        """As on the board, from a bundle's copy of the sources, with this machine's nvcc and any TensorRT's headers."""
+        headers = header_folders()[0]
+        if missing := missing_tools():
+            pytest.skip(f"needs what a board compiles with: {'; '.join(missing)}")
+        monkeypatch.setenv("CMAKE_INCLUDE_PATH", str(headers))
+        bundle, library = write_bundle(plugin_sources(), tmp_path / "b"), tmp_path / "libmgvq_plugin.so"
+        plugin_library.compile_library(bundle, self.WANTED, library, print)
+        shown = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+        assert [line.split()[1:] for line in shown.stdout.splitlines()] == [
+            ["T", "getCreators"],
+            ["T", "setLoggerFinder"],
+        ]
+        needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+        assert "libstdc++" in needed
+        assert not re.search(r"NEEDED.*(nvinfer|cuda)", needed), "the CUDA runtime is inside, TensorRT calls it"
+        open_bundle(bundle.folder)  # nothing was written into it
 
     def test_a_bundle_without_sources(self, pieces, tmp_path):
         bundle = write_bundle({k: v for k, v in pieces.items() if k != "plugins"}, tmp_path / "b", target=TARGET)
