@@ -68,7 +68,8 @@ def diagnose(target: Target | None = None, root: Path = Path("/")) -> DoctorRepo
     board = jetson_release(root)
     checks = [_python_check()]
     checks += [_required_check(name) for name in REQUIRED if name != "onnxruntime"]
-    checks += [_onnxruntime_check(), _tensorrt_check(target, board), _tensorrt_rtx_check(), _gpu_check(root)]
+    checks += [_onnxruntime_check(), _tensorrt_check(target, board), _bindings_check(board)]
+    checks += [_tensorrt_rtx_check(), _gpu_check(root)]
     checks += [_kernels_check(), _compiler_check(), _ram_check(root), _disk_check(), _board_check(target, board)]
     return DoctorReport(tuple(checks))
 
@@ -152,6 +153,14 @@ def _tensorrt_check(target: Target | None, board: str | None) -> Check:
         else "install the JetPack release the target names (mgvq targets), or bundle for the one that is here"
     )
     return Check("tensorrt", found, expected, "ok" if good else "fail", fix)
+
+
+def _bindings_check(board: str | None) -> Check:
+    found = installed("cuda-python")
+    good = board is None if found is None else in_window(found, "12.6", None)
+    fix = "" if good else "pip install -r requirements-board.txt of the bundle"
+    expected = ">=12.6; needed to run engines"
+    return Check("cuda-python", found or "not installed", expected, "ok" if good else "fail", fix)
 
 
 def _tensorrt_rtx_check() -> Check:

@@ -109,6 +109,18 @@ def test_boards(machine, l4t, tensorrt, jetson_status, tensorrt_status):
     assert all(check.fix for check in checks.values() if check.status != "ok")
 
 
+@pytest.mark.parametrize(
+    ("l4t", "bindings", "status"),
+    [("36.4.3", None, "fail"), ("36.4.3", "12.6.2.post1", "ok"), ("36.4.3", "11.8.6", "fail"), (None, None, "ok")],
+)
+def test_a_board_needs_cudas_bindings(machine, l4t, bindings, status):
+    """Without them a build ends at the plugin's self-test, and nothing runs."""
+    packages = {"cuda-python": bindings} if bindings else {}
+    check = by_name(doctor.diagnose(None, machine(packages, l4t)))["cuda-python"]
+    assert check.status == status
+    assert bool(check.fix) == (status == "fail")
+
+
 def test_a_broken_torch_is_reported_not_raised(machine, monkeypatch):
     import builtins
 
