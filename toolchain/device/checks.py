@@ -6,6 +6,7 @@ A refusal says what is needed, what was found and what to do. Nothing here start
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,27 @@ def vq_nodes(bundle: Bundle) -> dict[str, int] | None:
         raise InputDataError(
             f"bundle file {name}: expected name and vq_nodes of every graph ({error!r}); make the bundle again"
         ) from None
+
+
+def inspection_warnings(graph: str, plugins: Sequence[str], information: str) -> list[str]:
+    """What is worth a word in the inspector's text about an engine with these plugin layers; none of it is an error.
+
+    From SM 100 on TensorRT may take plugins into larger layers. A weight that it copies into another format before a
+    plugin reads it would cost its bytes on every call; the plugins take the format of inputs, so none should be.
+    """
+    found = []
+    if unnamed := [layer for layer in plugins if layer not in information]:
+        found.append(
+            f"graph {graph}: the engine names {len(plugins) - len(unnamed)} of {len(plugins)} plugin layers, not "
+            f"{unnamed[0]}: TensorRT made them part of others; a profile shows them there"
+        )
+    copies = re.findall(r"Reformatting CopyNode for (?:Network )?Input[^\"]*", information)
+    if of_plugins := [each for each in copies if any(layer in each for layer in plugins)]:
+        found.append(
+            f"graph {graph}: TensorRT copies {len(of_plugins)} inputs of plugins into another format on every call, "
+            f"the first {of_plugins[0]!r}; report it with build.json"
+        )
+    return found
 
 
 def _release_text(entry: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ from toolchain.device.backends import BACKENDS, DEFAULT_SM, backend_named, load_
 from toolchain.device.board import Board, Memory, read_board, read_memory
 from toolchain.device.build_report import BuildReport, BuiltEngine
 from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes, collecting_logger
-from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, read_plan, vq_nodes
+from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, inspection_warnings, read_plan, vq_nodes
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 from toolchain.folders import check_place
 from toolchain.values import sha256_file, write_json
@@ -231,7 +231,7 @@ class _Build:
         file = building / f"{name}.engine"
         built = builder.build(name, path, profiles, file, lambda plugins: self._check_plugin_layers(name, plugins))
         if self.expected is not None:
-            self._say_unnamed(name, built.plugin_layers, builder, file)
+            self._inspect(name, built.plugin_layers, builder, file)
         dense = None
         if name in self.options.dense:
             twin = building / f"{name}.dense"
@@ -328,17 +328,13 @@ class _Build:
                 f"{len(plugins)}; make the bundle again with this version of mgvq"
             )
 
-    def _say_unnamed(self, name: str, plugins: Sequence[str], builder: Builder, file: Path) -> None:
-        """Warn of plugins that the engine does not name: on newer GPUs TensorRT may take them into larger layers."""
+    def _inspect(self, name: str, plugins: Sequence[str], builder: Builder, file: Path) -> None:
+        """Warn of plugins that the engine does not name, and of tensors that it copies into another format."""
         from toolchain.device.loaded_engines import LoadedEngine
 
         runtime = self.trt.Runtime(builder.log)
         information = LoadedEngine(self.trt, runtime, name, file.read_bytes(), builder.log).layer_information()
-        if unnamed := [layer for layer in plugins if layer not in information]:
-            self.warnings.append(
-                f"graph {name}: the engine names {len(plugins) - len(unnamed)} of {len(plugins)} plugin layers, not "
-                f"{unnamed[0]}: TensorRT made them part of others; a profile shows them there"
-            )
+        self.warnings += inspection_warnings(name, plugins, information)
 
 
 @contextmanager

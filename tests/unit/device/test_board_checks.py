@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 
 import pytest
 from board_bundles import MIB, ORIN, PLAN, ROOM, TARGET, place
@@ -163,3 +164,15 @@ def test_pools_end_at_the_largest_block_and_half_the_memory():
         "WORKSPACE": 7,
         "TACTIC_DRAM": 8,
     }
+
+
+def test_what_an_engine_copies_or_renames_is_said():
+    """A copy before a plugin is named, in TensorRT's words for it; one before another layer is TensorRT's affair."""
+    layers = ["a/VQLinear", "Reformatting CopyNode for Input Tensor 0 to conv", "b/VQLinear"]
+    assert checks.inspection_warnings("vision", ["a/VQLinear", "b/VQLinear"], json.dumps({"Layers": layers})) == []
+    layers.append("Reformatting CopyNode for Input Tensor 1 to b/VQLinear")
+    (copies,) = checks.inspection_warnings("vision", ["a/VQLinear", "b/VQLinear"], json.dumps({"Layers": layers}))
+    assert "graph vision: TensorRT copies 1 inputs of plugins" in copies
+    assert "'Reformatting CopyNode for Input Tensor 1 to b/VQLinear'" in copies
+    (unnamed,) = checks.inspection_warnings("vision", ["a/VQLinear", "c"], json.dumps({"Layers": layers[:1]}))
+    assert "the engine names 1 of 2 plugin layers, not c" in unnamed
