@@ -9,6 +9,7 @@ from typing import Any
 
 from toolchain.budget import MemoryPlan, Workload, mib, plan_memory
 from toolchain.geometry import ModelGeometry
+from toolchain.table_sharing import table_in
 from toolchain.target import Target
 from toolchain.values import CODES, PLAIN_CODE_NAMES, BitPlan, VQCode
 
@@ -74,8 +75,9 @@ def codes_to_choose(plan: BitPlan) -> tuple[VQCode, ...]:
 
 
 def with_code(plan: BitPlan, code: str) -> BitPlan:
-    """The same layers, all in one code."""
-    return dataclasses.replace(plan, layers=tuple(dataclasses.replace(layer, code=code) for layer in plan.layers))
+    """The same layers, all in one code, tables shared as they were."""
+    layers = [dataclasses.replace(layer, code=code, table=table_in(layer, VQCode.parse(code))) for layer in plan.layers]
+    return dataclasses.replace(plan, layers=tuple(layers))
 
 
 def advise(plan: BitPlan, geometry: ModelGeometry, target: Target, memory: MemoryPlan) -> tuple[Advice, ...]:

@@ -6,10 +6,11 @@ Index bits are counted in quarters, which every code has whole; sizes in bytes, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from toolchain.errors import BudgetError, NumericGateError, UsageError
+from toolchain.table_sharing import shared_table_id
 from toolchain.values import CODE_NAMES, CODES, parse_format
 
 CODES_BY_BITS: dict[float, str] = {2: "4,8,8", 3: "2,6,6", 4: "2,8,8"}
@@ -26,10 +27,13 @@ Losses = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share code and table: (rows, columns) of those that store codes; `code` where an override says."""
+    """Layers that share code and table: (rows, columns) of those that store codes; `code` where an override says;
+    `owner` of the tables where other groups use them too (`table_sharing`).
+    """
 
     shapes: tuple[tuple[int, int], ...]
     code: str | None = None
+    owner: str | None = None
 
     @property
     def weights(self) -> int:
@@ -44,13 +48,19 @@ class Group:
         )
 
     def bytes(self, code: str) -> int:
-        """Codes with their padding, row scales and the one table; all three of every segment."""
+        """Codes with their padding, row scales and the one table, unless it is shared; all three of every segment."""
         codes = sum(
             segment.code.codes_bytes(rows, segment.columns) + SCALE_BYTES * rows
             for rows, columns in self.shapes
             for segment in parse_format(code, columns)
         )
-        return codes + sum(segment.code.table_bytes for segment in parse_format(code, self.shapes[0][1]))
+        own = () if self.owner else parse_format(code, self.shapes[0][1])
+        return codes + sum(segment.code.table_bytes for segment in own)
+
+    def shared_tables(self, code: str) -> dict[str, int]:
+        """Id → bytes of the tables that it shares with other groups; none where it has its own."""
+        shared = [segment.code for segment in parse_format(code, self.shapes[0][1])] if self.owner else []
+        return {shared_table_id(str(self.owner), one): one.table_bytes for one in shared}
 
 
 def codes_for_average(
@@ -123,6 +133,10 @@ def codes_for_losses(groups: Mapping[str, Group], losses: Losses, bits: float) -
 def codes_for_bytes(groups: Mapping[str, Group], losses: Losses, budget_bytes: int, kept_bytes: int) -> dict[str, str]:
     """Group → code of those its losses name, so that they add up to the least and the model fits `budget_bytes`.
 
+    Room is set aside for every shared table that a code on offer uses, and the codes whose tables no group then takes
+    are off the offer the next time, until all that is set aside is used. Where not all tables fit, every group's
+    dearest code goes first: such a plan need not be the very best.
+
     Args:
         kept_bytes: what the tensors outside the groups take of the budget.
 
@@ -131,15 +145,46 @@ def codes_for_bytes(groups: Mapping[str, Group], losses: Losses, budget_bytes: i
         UsageError, NumericGateError: as `codes_for_losses`, of losses.
     """
     offered = _offered(groups, losses)
-    costs = {name: {c: groups[name].bytes(c) for c in codes} for name, codes in offered.items()}
-    least = kept_bytes + sum(min(c.values()) for c in costs.values())
-    if least > budget_bytes:
-        raise BudgetError(
-            f"the smallest plan takes {least:,} bytes ({kept_bytes:,} of them stay in 16 bits), "
-            f"{least - budget_bytes:,} more than the budget of {budget_bytes:,}; raise the budget to that, override "
-            "less, or choose a smaller model"
-        )
-    return _cheapest_loss(offered, costs, budget_bytes - kept_bytes)
+    while True:
+        costs = {name: {c: groups[name].bytes(c) for c in codes} for name, codes in offered.items()}
+        tables = shared_tables(groups, offered)
+        room = budget_bytes - kept_bytes - sum(tables.values())
+        least = sum(min(c.values()) for c in costs.values())
+        if least <= room:
+            chosen = _cheapest_loss(offered, costs, room)
+            used = shared_tables(groups, {name: [code] for name, code in chosen.items()})
+            if used == tables:
+                return chosen
+            offered = {name: _of_tables(codes, groups[name], used) for name, codes in offered.items()}
+        elif tables and any(len(codes) > 1 for codes in offered.values()):
+            offered = {name: _without_dearest(codes, costs[name]) for name, codes in offered.items()}
+        else:
+            raise BudgetError(
+                f"the smallest plan takes {least + budget_bytes - room:,} bytes ({kept_bytes:,} of them stay in 16 "
+                f"bits), {least - room:,} more than the budget of {budget_bytes:,}; raise the budget to that, override "
+                "less, or choose a smaller model"
+            )
+
+
+def shared_tables(groups: Mapping[str, Group], codes: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """Id → bytes of all tables that groups share and that any of the codes given for them uses."""
+    return {
+        table: size
+        for name, own in codes.items()
+        for code in own
+        for table, size in groups[name].shared_tables(code).items()
+    }
+
+
+def _of_tables(losses: Mapping[str, float], group: Group, tables: Mapping[str, int]) -> dict[str, float]:
+    """The codes whose shared tables are all among these."""
+    return {code: loss for code, loss in losses.items() if group.shared_tables(code).keys() <= tables.keys()}
+
+
+def _without_dearest(losses: Mapping[str, float], costs: Mapping[str, int]) -> dict[str, float]:
+    """The codes but the one that takes most bytes; the last one stays."""
+    dearest = max(losses, key=costs.__getitem__)
+    return {code: loss for code, loss in losses.items() if code != dearest or len(losses) == 1}
 
 
 def modelled_losses(groups: Mapping[str, Group], sensitivity: Mapping[str, float], overlapping: bool) -> Losses:

@@ -17,6 +17,7 @@ from toolchain.bit_allocation import (
     modelled_losses,
 )
 from toolchain.errors import UnsupportedError, UsageError
+from toolchain.table_sharing import GROUP, check_choice, shared_table_id, table_owner
 from toolchain.values import CODE_NAMES, CODES, PARTS, BitPlan, LayerPlan, LayerSpec, parse_format
 
 # Without a requested average. The decoder carries most of the weights and stands 2 bits; what is small, or is read by
@@ -55,6 +56,7 @@ def plan(
     sensitivity: Mapping[str, float] | None = None,
     losses: Losses | None = None,
     overlapping: bool = False,
+    tables: str = GROUP,
 ) -> BitPlan:
     """A code for every layer; layers of a group, and a layer and what it is tied to, share code and table.
 
@@ -74,6 +76,7 @@ def plan(
         losses: group → code or segments → loss, in any one unit; every group that no override fixes chooses among
             its own.
         overlapping: codes with overlapping windows wherever neither an override nor losses name one.
+        tables: whose they are, one of `table_sharing.CHOICES`; one that groups share counts once.
 
     Raises:
         UsageError: both bits and budget_bytes, both sensitivity and losses, or one of these with nothing to plan for;
@@ -83,10 +86,12 @@ def plan(
         NumericGateError: a loss is negative or not finite.
     """
     _check_request(bits, budget_bytes, sensitivity, losses)
+    check_choice(tables)
     layers = tuple(specs)
     members = _groups(layers)
     fixed = _overridden(layers, members, tuple(overrides))
-    groups = {name: Group(_stored_shapes(specs), fixed.get(name)) for name, specs in members.items()}
+    owners = {name: table_owner(tables, specs[0]) for name, specs in members.items()}
+    groups = {name: Group(_stored_shapes(specs), fixed.get(name), owners[name]) for name, specs in members.items()}
     if budget_bytes is not None:
         offered = modelled_losses(groups, sensitivity or {}, overlapping) if losses is None else losses
         codes = codes_for_bytes(groups, offered, budget_bytes, KEPT_BYTES * sum(kept.values()))
@@ -96,7 +101,7 @@ def plan(
         codes = codes_for_average(groups, bits, sensitivity or {}, overlapping)
     else:
         codes = {name: fixed.get(name) or _default_code(specs[0], overlapping) for name, specs in members.items()}
-    return BitPlan(_planned(layers, members, codes), dict(kept), bits)
+    return BitPlan(_planned(layers, members, codes, owners), dict(kept), bits)
 
 
 def _check_request(
@@ -116,11 +121,17 @@ def _default_code(spec: LayerSpec, overlapping: bool) -> str:
 
 
 def _planned(
-    layers: tuple[LayerSpec, ...], members: dict[str, list[LayerSpec]], codes: dict[str, str]
+    layers: tuple[LayerSpec, ...],
+    members: dict[str, list[LayerSpec]],
+    codes: dict[str, str],
+    owners: dict[str, str | None],
 ) -> tuple[LayerPlan, ...]:
-    """The layers with their groups' codes, and one table a group."""
+    """The layers with their groups' codes, and the tables of the groups or of their owners."""
     group_of = {spec.name: name for name, specs in members.items() for spec in specs}
-    tables = {name: f"t{index}" for index, name in enumerate(members)}
+    tables = {
+        name: _shared_ids(owner, codes[name], members[name][0].columns) if (owner := owners[name]) else f"t{index}"
+        for index, name in enumerate(members)
+    }
     planned = []
     for spec in layers:
         code, table = codes[group_of[spec.name]], tables[group_of[spec.name]]
@@ -128,6 +139,11 @@ def _planned(
             LayerPlan(spec.name, spec.part, spec.kind, spec.rows, spec.columns, spec.group, code, table, spec.tied_to)
         )
     return tuple(planned)
+
+
+def _shared_ids(owner: str, code: str, columns: int) -> str:
+    """The ids of an owner's tables for a code or its segments, as `LayerPlan.table` holds them."""
+    return "+".join(shared_table_id(owner, segment.code) for segment in parse_format(code, columns))
 
 
 def _groups(layers: tuple[LayerSpec, ...]) -> dict[str, list[LayerSpec]]:

@@ -204,12 +204,13 @@ def _plugin_workspace(target: Target) -> int:
 
 def _largest_group(plan: BitPlan) -> tuple[str, int]:
     """Layers of a group run as one node, so their codes are one tensor; one a K-segment where they have those."""
-    sizes: defaultdict[str, int] = defaultdict(int)  # by table, of which a group has one a segment
-    names = {}
-    for piece in (piece for layer in plan.layers for piece in layer.pieces):
-        sizes[piece.table] += piece.codes_bytes
-        names[piece.table] = piece.group
-    return max(((f"codes of {names[x]}", size) for x, size in sizes.items()), key=lambda x: x[1], default=("codes", 0))
+    sizes: defaultdict[tuple[str, int], int] = defaultdict(int)
+    for layer in plan.layers:
+        for number, piece in enumerate(layer.pieces):
+            sizes[layer.group, number] += piece.codes_bytes
+    return max(
+        ((f"codes of {group}", size) for (group, _), size in sizes.items()), key=lambda x: x[1], default=("codes", 0)
+    )
 
 
 def _blocks(plan: BitPlan, geometry: ModelGeometry, parts: dict[str, int], workload: Workload) -> list[tuple[str, int]]:

@@ -168,9 +168,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The format one layer gets. `table` is the id of its table; `code` is "V,k,L".
+    """The format one layer gets. `table` is the id of its table, which other layers may share; `code` is "V,k,L".
 
-    A layer in K-segments has the text of `parse_format` there, and a table a segment; `pieces` are what is stored.
+    A layer in K-segments has the text of `parse_format` there, and a table a segment: ids joined by "+", or one id,
+    whose segments' are then ID_0, ID_1 and so on. `pieces` are what is stored.
     `rotation` is the block of the rotation that its inputs go through first (`vq.rotation`), 0 for none.
     """
 
@@ -199,15 +200,19 @@ class LayerPlan:
         """Its K-segments as layers of their own, NAME.segments.0 and so on; empty where the layer has one code."""
         if "+" not in self.code:
             return ()
+        segments = parse_format(self.code, self.columns)
+        tables = self.table.split("+")
+        if len(tables) == 1:
+            tables = [f"{self.table}_{number}" for number in range(len(segments))]
         return tuple(
             replace(
                 self,
                 name=f"{self.name}.segments.{number}",
                 columns=segment.columns,
                 code=str(segment.code),
-                table=f"{self.table}_{number}",
+                table=table,
             )
-            for number, segment in enumerate(parse_format(self.code, self.columns))
+            for number, (segment, table) in enumerate(zip(segments, tables, strict=True))
         )
 
     @property
