@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class VQSegmentedLinear(nn.Module):
 
     @property
     def parts(self) -> list[VQLinear]:
-        """The segments, first to last."""
-        return [part for part in self.segments if isinstance(part, VQLinear)]
+        """The segments, first to last; while a graph is exported, what stands in for them (`graph.twins`)."""
+        return cast(list[VQLinear], list(self.segments))
 
     @property
     def rows(self) -> int:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from vq_samples import random_weights
 
 from toolchain.errors import ShapeError
+from toolchain.graph.twins import export_twins
 from toolchain.install import check_values, install_layers
 from toolchain.kernels import ops, order
 from toolchain.modules import keep_decoded, vq_modules
@@ -47,6 +48,17 @@ def test_it_computes_with_the_whole_decoded_weight(bias, shape):
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
     with keep_decoded(module):
         torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_its_export_twins_compute_the_same():
+    model = nn.Sequential(filled())
+    x = torch.randn(3, 150, generator=torch.Generator().manual_seed(0))
+    expected, named = model(x), repr(model)
+    with export_twins(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert "70x150, code=2,6,8@64+4,8,9@64+2,3,8" in repr(model)
+    assert torch.equal(model(x), expected)
+    assert repr(model) == named
 
 
 def test_the_kernels_segments_are_these():
