@@ -104,14 +104,22 @@ def _fitted_scales(objective: Objective, block: RowBlock, unit: Tensor, start: T
     return torch.linalg.solve(system + torch.diag(hold), right + ridge * start.double()).float()
 
 
-def refit(problem: Problem, start: Solution, code: VQCode, objective: Objective) -> Solution:
-    """The start with the table, then the scales, that lose least as stored; what does not lose less is not taken."""
+def refit(
+    problem: Problem, start: Solution, code: VQCode, objective: Objective, *, keeps_table: bool = False
+) -> Solution:
+    """The start with the table, then the scales, that lose least as stored; what does not lose less is not taken.
+
+    Args:
+        keeps_table: others use it too: the scales alone are fitted.
+    """
 
     def loss(one: Solution) -> float:
         return objective.loss(one.decode())
 
-    fitted = refit_table_cg(objective, start.indices, start.scales, start.table)
-    best, _ = best_of([start, *_stored_tables(start, fitted, code, objective)], loss)
+    best = start
+    if not keeps_table:
+        fitted = refit_table_cg(objective, start.indices, start.scales, start.table)
+        best, _ = best_of([start, *_stored_tables(start, fitted, code, objective)], loss)
     return refit_stored_scales(problem, best, objective)
 
 
@@ -142,14 +150,17 @@ def refine(
     row_factors: Sequence[Tensor | None] | None = None,
     settings: Descent | None = None,
     rounds: int = 2,
+    keeps_table: bool = False,
 ) -> Solution:
     """`rounds` times sweeps of coordinate descent, then the table and scales for the codes found; never worse.
 
     Args:
         problem, start, code, damped, row_factors, settings: as for `descent.descend`.
+        keeps_table: as for `refit`.
     """
     objective = Objective.of(problem, damped, row_factors)
     found = start
     for _ in range(rounds):
-        found = refit(problem, descend(problem, found, code, damped, row_factors, settings), code, objective)
+        descended = descend(problem, found, code, damped, row_factors, settings)
+        found = refit(problem, descended, code, objective, keeps_table=keeps_table)
     return found

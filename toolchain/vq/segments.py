@@ -59,6 +59,11 @@ def segment_steps(moment: Tensor, widths: Sequence[int]) -> list[Step]:
     return steps
 
 
+def damped_steps(moment: Tensor, segments: Sequence[Segment], damping: float) -> list[Step]:
+    """`segment_steps` of the second moment H float32[n, n], damped once, over all columns."""
+    return segment_steps(_damped(moment.float(), damping), [segment.columns for segment in segments])
+
+
 def _upper_factor(moment: Tensor) -> Tensor:
     for dtype in (torch.float32, torch.float64):
         lower, failed = torch.linalg.cholesky_ex(moment.to(dtype).flip(0, 1))
@@ -95,7 +100,7 @@ def quantize_segments(
     if any(w.ndim != 2 or w.shape[1] != columns for w in weights) or moment.shape != (columns, columns):
         shapes = [list(w.shape) for w in weights]
         raise ShapeError(f"expected weights [m_i, n] and a moment [n, n], found {shapes} and {list(moment.shape)}")
-    steps = segment_steps(_damped(moment.float(), options.damping), [segment.columns for segment in segments])
+    steps = damped_steps(moment, segments, options.damping)
     rows = [len(weight) for weight in weights]
     stacked = torch.cat([weight.float() for weight in weights])
     error = torch.zeros_like(stacked)

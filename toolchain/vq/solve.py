@@ -10,6 +10,7 @@ from torch import Tensor
 from toolchain.values import VQCode
 from toolchain.vq.codebook import (
     Cells,
+    Samples,
     draw_chunks,
     draw_samples,
     round_table,
@@ -18,11 +19,20 @@ from toolchain.vq.codebook import (
     train_paths,
     train_table,
 )
-from toolchain.vq.factor import Factors, factor_moment
+from toolchain.vq.factor import factor_moment
 from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.sweep import sweep
 from toolchain.vq.trellis import search_for
-from toolchain.vq.weights import Options, Problem, VQGroup, decode_stacked, output_errors, pack_group, stack_group
+from toolchain.vq.weights import (
+    FixedTable,
+    Options,
+    Problem,
+    VQGroup,
+    decode_stacked,
+    output_errors,
+    pack_group,
+    stack_group,
+)
 
 
 def safe_divisor(scales: Tensor) -> Tensor:
@@ -46,17 +56,27 @@ class Solution:
         return decode_stacked(self.indices, self.table, self.scales)
 
 
-def first_table(
-    problem: Problem, factors: Factors, scales: Tensor, code: VQCode, options: Options, generator: torch.Generator
-) -> tuple[Tensor, Cells]:
-    """(table float32[2^L, V], its cells) trained on a sample of the weights at unit scale, before any feedback."""
+def draw_problem(
+    problem: Problem, pivots: Tensor, scales: Tensor, code: VQCode, count: int, generator: torch.Generator
+) -> Samples:
+    """At most `count` vectors of the weights at unit scale, in whole chunks where windows overlap, with what an error
+    in each counts before any feedback.
+
+    Args:
+        pivots: float32[n / V, V, V] of the sweep's factorization.
+        scales: float32[m], by which rows are divided.
+    """
     unit = problem.weight / safe_divisor(scales)[:, None]
     loudness = problem.row_weights * scales.square()
+    draw = draw_chunks if code.window > code.shift else draw_samples
+    return draw(unit, pivots, loudness, count, generator)
+
+
+def train_samples(samples: Samples, code: VQCode, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:
+    """(table float32[2^L, V], its cells) trained on samples that `draw_problem` gives."""
     if code.window > code.shift:
-        chunks = draw_chunks(unit, factors.pivots, loudness, options.samples, generator)
-        return train_paths(chunks, code, options.lloyd_rounds, generator)
-    samples = draw_samples(unit, factors.pivots, loudness, options.samples, generator)
-    return train_table(samples, code.entries, options.lloyd_rounds, generator)
+        return train_paths(samples, code, rounds, generator)
+    return train_table(samples, code.entries, rounds, generator)
 
 
 def quantize_group(
@@ -84,25 +104,35 @@ def solve_problem(problem: Problem, code: VQCode, options: Options, generator: t
     """The best of `options.rounds` rounds.
 
     A round is a sweep with the scales and table exactly as stored, a closed-form refit of the scales for the codes
-    found, and an update of the table on the sweep's fed-back targets.
+    found, and an update of the table on the sweep's fed-back targets; a table that `options.tables` gives stays.
     """
     factors = factor_moment(problem.moment, problem.columns, code.vector, options.damping)
     start = rms_scales(problem.weight, problem.columns)
-    table, cells = first_table(problem, factors, start, code, options, generator)
+    given = options.tables.get(code)
+    if given is None:
+        samples = draw_problem(problem, factors.pivots, start, code, options.samples, generator)
+        table, cells = train_samples(samples, code, options.lloyd_rounds, generator)
     search = search_for(code, problem.row_weights)
     worth = start  # the scale at which an entry of the unrounded table is a weight
     rounds = []
     for _ in range(options.rounds):
-        stored, step = round_table(table, cells, code)
+        stored, step = _placed(given, start) if given else round_table(table, cells, code)
         scales = stored_scales(worth * step)
         indices, targets = sweep(problem.weight, factors, stored, scales, options.batch_columns, search)
         unit = decode_stacked(indices, stored, torch.ones_like(scales))
         scales = stored_scales(refit_scales(problem.weight, unit, factors.damped, scales.float()))
         rounds.append(Solution(indices, stored, scales, weighted_loss(problem, unit * scales.float()[:, None])))
         worth = scales.float() / step
+        if given is not None:
+            continue
         cells = sweep_cells(targets, indices, factors.pivots, worth, code.entries, problem.row_weights)
         table = solve_cells(cells, table)
     return min(rounds, key=lambda one: one.loss)
+
+
+def _placed(given: FixedTable, beside: Tensor) -> tuple[Tensor, float]:
+    """(table as stored, step), on the device of `beside`."""
+    return given.stored.to(beside.device), given.step
 
 
 def weighted_loss(problem: Problem, decoded: Tensor) -> float:

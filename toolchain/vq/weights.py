@@ -5,8 +5,8 @@ A method is a function `(weights, moment, code, options, generator) -> VQGroup`;
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,8 +22,22 @@ AVERAGE, WORST = "average", "worst"
 
 
 @dataclass(frozen=True)
+class FixedTable:
+    """A table that is not the group's to change: `stored` [2^L, V] int8 or float16, whose entries are worth step ·
+    stored at unit row scale; 1 for float16 pairs.
+    """
+
+    stored: Tensor
+    step: float
+
+
+@dataclass(frozen=True)
 class Options:
-    """What a method may be told. A round is a sweep, a scale refit and a table update; a table trains on `samples`."""
+    """What a method may be told. A round is a sweep, a scale refit and a table update; a table trains on `samples`.
+
+    `tables` are given by code: a group in one of these codes takes the table as it is, rounds refit the scales alone.
+    Codes that are not among them have a table trained. MGVQ alone takes them.
+    """
 
     damping: float = 0.01  # of the mean diagonal of H; GPTQ's and VPTQ's default
     rounds: int = 3
@@ -35,6 +49,7 @@ class Options:
     token_power: float = 0.5  # of the gradient norm in a token's mass, where a recipe weighs tokens by gradients
     norm_quantile: float = 0.999  # of token norms, above which a token's mass falls, where a recipe caps them
     modalities: str = AVERAGE  # or WORST
+    tables: Mapping[VQCode, FixedTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.modalities not in (AVERAGE, WORST):
