@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from toolchain.checkpoint import load_model
 from toolchain.install import TABLES, install_layer, install_tables, link_shared
 from toolchain.models.family import family_for, read_config
 from toolchain.models.inventory import kept_parameters
+from toolchain.table_sharing import GROUP, UNIVERSAL
 from toolchain.values import BitPlan, LayerSpec, VQCode
 from toolchain.vq.solve import quantize_group
+from toolchain.vq.universal import universal_tables
 from toolchain.vq.weights import Options
 
 FAST = Options(rounds=1, lloyd_rounds=1, samples=500)
@@ -28,17 +31,22 @@ def groups_of(specs: tuple[LayerSpec, ...]) -> dict[str, list[LayerSpec]]:
     return groups
 
 
-def quantized_tiny(folder: Path, code: str) -> tuple[nn.Module, tuple[LayerSpec, ...], BitPlan]:
-    """(model, its layers, its plan) with every layer in one code, for inputs that are white noise."""
+def quantized_tiny(folder: Path, code: str, tables_of: str = GROUP) -> tuple[nn.Module, tuple[LayerSpec, ...], BitPlan]:
+    """(model, its layers, its plan) with every layer in one code, for inputs that are white noise.
+
+    Args:
+        tables_of: groups, or all: `table_sharing.GROUP` or UNIVERSAL.
+    """
+    options = replace(FAST, tables=universal_tables() if tables_of == UNIVERSAL else {})
     config = read_config(folder)
     specs = family_for(config).layers(config)
     model = load_model(folder).requires_grad_(False)
-    plan = plan_bits(specs, kept_parameters(model, specs), bits=None, overrides=[("*", code)])
+    plan = plan_bits(specs, kept_parameters(model, specs), bits=None, overrides=[("*", code)], tables=tables_of)
     tables = {}
     for layers in groups_of(specs).values():
         weights = [model.get_parameter(f"{spec.name}.weight").detach().flatten(1) for spec in layers]
         moment = torch.eye(layers[0].columns)
-        group = quantize_group(weights, moment, VQCode.parse(code), FAST, torch.Generator().manual_seed(0))
+        group = quantize_group(weights, moment, VQCode.parse(code), options, torch.Generator().manual_seed(0))
         for spec, stored in zip(layers, group.layers, strict=True):
             install_layer(model, plan.layer(spec.name)).set_weights(stored)
             tables[plan.layer(spec.name).table] = stored.table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from toolchain.vq.drift import PairMoments, gated_shift
 from toolchain.vq.scales import rms_scales
 from toolchain.vq.segments import quantize_segments
 from toolchain.vq.solve import quantize_group
-from toolchain.vq.weights import SegmentedGroup, StoredWeights, VQGroup
+from toolchain.vq.weights import FixedTable, Options, SegmentedGroup, StoredWeights, VQGroup
 
 ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
 
@@ -45,11 +46,31 @@ def forked(generator: torch.Generator) -> torch.Generator:
     return fork
 
 
-class DriftSolver:
-    """Codes groups for the inputs that the quantized prefix gives, against what full precision would have put out."""
+def group_moment(spec: LayerSpec, pairs: PairMoments | None) -> Tensor:
+    """H float32[n, n] of a group: mean second moment of its inputs; an embedding's is that of a tied head, or I."""
+    if spec.kind == "embedding":
+        return torch.eye(spec.columns) if pairs is None else tied_moment(pairs.whole.moment)
+    assert pairs is not None
+    return pairs.whole.moment / pairs.whole.mass
 
-    def __init__(self, job: Job, recipe: Recipe, plan: BitPlan, full: nn.Module, masses: Masses) -> None:
+
+class DriftSolver:
+    """Codes groups for the inputs that the quantized prefix gives, against what full precision would have put out.
+
+    `tables` are those that groups share, by the plan's table id, beside the ones that the job's options give by code.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        recipe: Recipe,
+        plan: BitPlan,
+        full: nn.Module,
+        masses: Masses,
+        tables: Mapping[str, FixedTable] | None = None,
+    ) -> None:
         self.job, self.recipe, self.plan, self.full, self.masses = job, recipe, plan, full, masses
+        self.tables = tables or {}
         self.pairs: dict[str, PairMoments] = {}
         self.fitted: dict[str, Tensor] = {}  # group → S_i of the pictures that the gate does not hold out
         self.statistics = LossStatistics()
@@ -86,23 +107,27 @@ class DriftSolver:
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
     ) -> Solved:
-        spec, options = members[0], self.job.options
+        spec, options = members[0], self._options(members[0])
         code = self.plan.layer(spec.name).code
         pairs = self.pairs.get(spec.group)
+        moment = group_moment(spec, pairs)
         if spec.kind == "embedding":
-            moment = torch.eye(spec.columns) if pairs is None else tied_moment(pairs.whole.moment)
             rows = [row_weights_of(spec, weight) for weight in weights]
             one = planned_code(self.plan, spec)
             return Solved(quantize_group(weights, moment.to(weights[0]), one, options, generator, rows))
         assert pairs is not None
-        moment = pairs.whole.moment / pairs.whole.mass
         if not self.recipe.drift:
             return Solved(*self._coded(members, weights, moment, code, generator))
         stacked = torch.cat(weights)
-        shift = gated_shift(stacked, pairs, self._expected_error(stacked, moment, code, generator))
+        shift = gated_shift(stacked, pairs, self._expected_error(stacked, moment, code, options, generator))
         targets = list((stacked + shift.value).split([len(w) for w in weights]))
         group, ways = self._coded(members, targets, moment, code, generator)
         return Solved(group, ways, self._biases(model, members, weights, group, pairs), shift.step)
+
+    def _options(self, spec: LayerSpec) -> Options:
+        """The job's, with the tables that a layer shares with others."""
+        shared = {p.vq_code: self.tables[p.table] for p in self.plan.layer(spec.name).pieces if p.table in self.tables}
+        return replace(self.job.options, tables={**self.job.options.tables, **shared})
 
     def _coded(
         self,
@@ -113,7 +138,7 @@ class DriftSolver:
         generator: torch.Generator,
     ) -> tuple[VQGroup | SegmentedGroup, tuple[str, ...]]:
         """(the group, how each layer was coded: as its gate says; nothing where the recipe knows the sweep alone)."""
-        options = self.job.options
+        options = self._options(members[0])
         segments = parse_format(code, members[0].columns)
         if not self.recipe.descent:
             if len(segments) > 1:
@@ -130,9 +155,11 @@ class DriftSolver:
         found = self.statistics.rows.get(spec.name)
         return None if found is None else unit_mean(damp(found, ROW_DAMPING))
 
-    def _expected_error(self, weight: Tensor, moment: Tensor, code: str, generator: torch.Generator) -> float:
+    def _expected_error(
+        self, weight: Tensor, moment: Tensor, code: str, options: Options, generator: torch.Generator
+    ) -> float:
         """tr(E H Eᵀ) that coding without a shift would leave, from a dry run in the code's stand-in."""
-        return expected_loss(weight, moment, code, self.job.options, forked(generator))
+        return expected_loss(weight, moment, code, options, forked(generator))
 
     def _biases(
         self,

@@ -92,7 +92,8 @@ def gated_group(
     if set(chosen) != {SWEEP}:
         mixed = _mixed([ways[name] for name in chosen], problem.held)
         factors = [factor if name == COUPLED else None for name, factor in zip(chosen, fit.row_factors, strict=True)]
-        refitted = refit(problem, mixed, code, Objective.of(problem, damped, factors))
+        objective = Objective.of(problem, damped, factors)
+        refitted = refit(problem, mixed, code, objective, keeps_table=code in options.tables)
         best, _ = best_of([mixed, refitted], lambda found: sum(judged(found)))
     return pack_group(problem, best.indices, best.table, best.scales, code), chosen
 
@@ -166,7 +167,8 @@ def _descending(row_factors: RowFactors | None) -> Coder:
         problem = stack_group(targets, moment, code, searches_paths=True)
         swept = solve_problem(problem, code, options, generator)
         damped = factor_moment(problem.moment, problem.columns, code.vector, options.damping).damped
-        found = refine(problem, swept, code, damped, row_factors, SETTINGS, rounds=1)
+        kept = code in options.tables
+        found = refine(problem, swept, code, damped, row_factors, SETTINGS, rounds=1, keeps_table=kept)
         return pack_group(problem, found.indices, found.table, found.scales, code)
 
     return coder

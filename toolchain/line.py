@@ -21,7 +21,7 @@ from toolchain.errors import BudgetError, InputDataError
 from toolchain.evaluate import refuse_overlap
 from toolchain.folders import Checkpoint, open_checkpoint
 from toolchain.models.family import Family, chat_template, family_for, limited_settings, read_config, read_json
-from toolchain.planning import ModelPlan, overlapping_codes, parse_image, plan_model
+from toolchain.planning import ModelPlan, overlapping_codes, parse_image, plan_model, table_choice
 from toolchain.report import write_report
 from toolchain.report.data import report_data
 from toolchain.reporter import Reporter
@@ -66,6 +66,7 @@ def check(settings: Settings) -> Checked:
         settings.budget_bytes,
         tuple(settings.quantize.codes.items()),
         overlapping=overlapping_codes(settings.quantize.method),
+        tables=table_choice(settings.quantize.method),
     )
     if plan.problems:
         advice = "; ".join(a.text for a in plan.advice) or "choose a larger target (mgvq targets)"

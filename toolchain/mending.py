@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from toolchain.kl_shifts import teacher_scores
 from toolchain.modules import vq_modules
 from toolchain.moments import Masses, collect_pairs
 from toolchain.objects import ObjectStore
+from toolchain.recipe import Recipe
+from toolchain.round_moves import RoundOptions
 from toolchain.rounds import Statistics, jacobi_round
 from toolchain.statistics import collect_loss_statistics
+from toolchain.table_sharing import UNIVERSAL
 from toolchain.tune_settings import TuneSettings
 from toolchain.tune_state import packed, unpacked
 from toolchain.values import BitPlan, LayerSpec
@@ -29,23 +32,23 @@ UNFINISHED = "tune.steps"  # the piece that holds a fine-tuning on its way
 
 
 def mend_by_rounds(
-    job: Job, model: nn.Module, plan: BitPlan, masses: Masses, store: ObjectStore, coupled: bool, watch: Watch
+    job: Job, recipe: Recipe, model: nn.Module, plan: BitPlan, masses: Masses, store: ObjectStore, watch: Watch
 ) -> list[dict[str, Any]]:
     """At most ROUNDS Jacobi rounds, in place; what each did. The first that helps nothing is the last.
 
-    Layers in K-segments, embeddings and what is tied to them keep their codes. What is held at a time, and what of a
-    round that was killed is kept, `rounds` says.
+    Layers in K-segments, embeddings and what is tied to them keep their codes, and tables that groups share stay as
+    they are. What is held at a time, and what of a round that was killed is kept, `rounds` says.
 
     Args:
+        recipe: with `fisher` rows count by S_o, the second moment of the output gradients; else each alike.
         model: quantized from `job.model`, with the same column orders.
-        coupled: rows count by S_o, the second moment of the output gradients; else each alike.
     """
     linears = [spec for spec in job.specs if spec.kind != "embedding" and not spec.tied_to]
     stored = {spec.group for spec in job.specs if spec.tied_to}
     linears = [spec for spec in linears if spec.group not in stored and not plan.layer(spec.name).segments]
     statistics = Statistics(
         lambda specs: _moments(job, model, specs, masses),
-        lambda specs: _row_factors(job, specs, watch) if coupled else {},
+        lambda specs: _row_factors(job, specs, watch) if recipe.fisher else {},
     )
     scores = None
     found: list[dict[str, Any]] = []
@@ -62,6 +65,7 @@ def mend_by_rounds(
                 linears,
                 plan,
                 pieces,
+                RoundOptions(keeps_tables=recipe.shares_tables),
                 seed=job.seed + number,
                 progress=lambda what, done, total: watch(f"round: {what}", done, total),
             )
@@ -93,9 +97,9 @@ def _row_factors(job: Job, specs: Sequence[LayerSpec], watch: Watch) -> dict[str
     ).rows
 
 
-def mend_by_tuning(job: Job, model: nn.Module, store: ObjectStore, watch: Watch) -> dict[str, Any]:
+def mend_by_tuning(job: Job, recipe: Recipe, model: nn.Module, store: ObjectStore, watch: Watch) -> dict[str, Any]:
     """Tables, scales, norms and biases fine-tuned in place; what that did. A killed run goes on after the last state
-    kept, and ends in the same bytes.
+    kept, and ends in the same bytes. A part's table moves for all that use it; universal tables stay universal.
 
     Args:
         model: quantized from `job.model`, with the same column orders.
@@ -105,13 +109,17 @@ def mend_by_tuning(job: Job, model: nn.Module, store: ObjectStore, watch: Watch)
         UsageError: it is of another run.
     """
 
+    settings = TuneSettings(kept_dtype=job.kept_dtype)
+    if recipe.tables == UNIVERSAL:
+        settings = replace(settings, table_rate=0.0)
+
     def make() -> tuple[dict[str, Tensor], Any]:
         kept = store.get(UNFINISHED, refuses_damage=True)
         result = fine_tune(
             model,
             job.model,
             job.inputs,
-            TuneSettings(kept_dtype=job.kept_dtype),
+            settings,
             seed=job.seed,
             progress=lambda done, total, loss: watch("fine-tuning", done, total),
             save=lambda state: store.put(UNFINISHED, *packed(state)),

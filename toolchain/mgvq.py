@@ -31,6 +31,7 @@ from toolchain.mending import Watch, mend_by_rounds, mend_by_tuning
 from toolchain.models.inventory import kept_parameters
 from toolchain.moments import Masses, Survey, collect_pairs, survey_inputs
 from toolchain.objects import ObjectStore
+from toolchain.part_tables import train_part_tables
 from toolchain.recipe import Recipe
 from toolchain.rotated import rotate_model, turn_model_back
 from toolchain.rotation_choice import Trial, rotated_layers, trials_json, try_rotations
@@ -39,7 +40,9 @@ from toolchain.segmentation import unit_widths
 from toolchain.sensitivity import Sensitivity, measure_sensitivity
 from toolchain.sequence import LayerResult, Progress, group_generator, quantize_in_sequence
 from toolchain.statistics import collect_loss_statistics
+from toolchain.table_sharing import PART, UNIVERSAL
 from toolchain.values import BitPlan, LayerSpec
+from toolchain.vq.universal import universal_tables
 
 # At 2 bits quads with one window bit to spare stand beside pairs with four: the better one depends on how evenly
 # column energies lie.
@@ -64,6 +67,8 @@ def quantize_model(
 ) -> Made:
     """The job done by the recipe's parts."""
     say = watch or (lambda what, done, total: None)
+    if recipe.tables == UNIVERSAL:
+        job = replace(job, options=replace(job.options, tables=universal_tables()))
     full = job.model.requires_grad_(False)
     linears = [spec for spec in job.specs if spec.kind != "embedding"]
     cap = job.options.norm_quantile if recipe.caps else None
@@ -81,14 +86,15 @@ def quantize_model(
     then = cut_orders(free, plan, recipe.deal)
     _deal_again(job, then, blocks)
     orders = composed(orders, then)
+    tables = train_part_tables(job, plan, masses, store, say) if recipe.tables == PART else {}
     quantized = copy.deepcopy(full)
-    solver = DriftSolver(job, recipe, plan, full, masses)
+    solver = DriftSolver(job, recipe, plan, full, masses, tables)
     layers = quantize_in_sequence(quantized, job.specs, plan, solver, store, job.seed, progress)
     mended: dict[str, Any] = {}
     if recipe.rounds:
-        mended["rounds"] = mend_by_rounds(job, quantized, plan, masses, store, recipe.fisher, say)
+        mended["rounds"] = mend_by_rounds(job, recipe, quantized, plan, masses, store, say)
     if recipe.tune:
-        mended["tune"] = mend_by_tuning(job, quantized, store, say)
+        mended["tune"] = mend_by_tuning(job, recipe, quantized, store, say)
     return Made(quantized, plan, layers, orders, sensitivity, mended, trials)
 
 
@@ -258,4 +264,5 @@ def _planned(job: Job, recipe: Recipe, losses: GroupLosses | None) -> BitPlan:
         overrides=job.overrides,
         losses=losses,
         overlapping=recipe.overlap,
+        tables=recipe.tables,
     )

@@ -12,6 +12,7 @@ from toolchain.errors import UsageError
 from toolchain.models.family import family_for, read_config
 from toolchain.models.inventory import kept_elements
 from toolchain.recipe import NAME, parse_recipe
+from toolchain.table_sharing import GROUP
 from toolchain.target import Target
 from toolchain.values import BitPlan
 
@@ -82,12 +83,22 @@ def overlapping_codes(method: str) -> bool:
     return method.startswith(NAME) and parse_recipe(method).overlap
 
 
+def table_choice(method: str) -> str:
+    """Whose a method's tables are (`table_sharing.CHOICES`): what a recipe of MGVQ says, the groups' of a baseline.
+
+    Raises:
+        UsageError: a recipe of mgvq that cannot be read.
+    """
+    return parse_recipe(method).tables if method.startswith(NAME) else GROUP
+
+
 def plan_formats(
     folder: Path,
     bits: float | None,
     budget_bytes: int | None = None,
     overrides: tuple[tuple[str, str], ...] = (),
     overlapping: bool = False,
+    tables: str = GROUP,
 ) -> BitPlan:
     """The codes of a checkpoint folder for an average, or for a budget where `bits` is None; only config.json is read.
 
@@ -107,6 +118,7 @@ def plan_formats(
         budget_bytes=budget_bytes if bits is None else None,
         overrides=list(overrides),
         overlapping=overlapping,
+        tables=tables,
     )
 
 
@@ -130,6 +142,7 @@ def plan_model(
     budget_bytes: int | None = None,
     overrides: tuple[tuple[str, str], ...] = (),
     overlapping: bool = False,
+    tables: str = GROUP,
 ) -> ModelPlan:
     """The plan of a checkpoint folder on a board; only its config.json is read.
 
@@ -137,11 +150,12 @@ def plan_model(
         bits: index bits on average; None spends `budget_bytes` instead.
         budget_bytes: of all weights; with `bits`, a limit that makes a problem.
         overlapping: codes with overlapping windows (`overlapping_codes` of the method).
+        tables: whose they are (`table_choice` of the method).
 
     Raises:
         As `plan_formats`.
     """
-    formats = plan_formats(folder, bits, budget_bytes, overrides, overlapping)
+    formats = plan_formats(folder, bits, budget_bytes, overrides, overlapping, tables)
     config = read_config(folder)
     family = family_for(config)
     geometry = family.geometry(config)

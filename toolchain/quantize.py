@@ -20,6 +20,7 @@ from toolchain.bitplan import plan as plan_bits
 from toolchain.calibration import calibration_inputs, layer_moments, samples_hash
 from toolchain.checkpoint import kept_dtype, load_model, write_quantized
 from toolchain.dealing import write_orders
+from toolchain.errors import UsageError
 from toolchain.folders import Checkpoint, check_output, open_checkpoint, staged_folder
 from toolchain.job import Job
 from toolchain.mending import Watch
@@ -86,6 +87,7 @@ def quantize_checkpoint(
     """
     began = time.monotonic()
     chosen = method_named(method)
+    _check_tables(options)
     check_output(Path(out))
     base = open_checkpoint(folder)
     family = family_for(base.config)
@@ -118,6 +120,15 @@ def quantize_checkpoint(
         _write_findings(made, staging)
     store.discard()
     return QuantizeResult(Path(out), method, made.plan, made.layers, real_bits(made.plan), time.monotonic() - began)
+
+
+def _check_tables(options: Options | None) -> None:
+    """Refuse tables in the options, which no key of a store could tell from others."""
+    if options is not None and options.tables:
+        raise UsageError(
+            f"options.tables: expected none, found {len(options.tables)}; whose the tables are is said by the method, "
+            "such as mgvq+tables=universal"
+        )
 
 
 def _key(base: Checkpoint, samples: list[Sample], method: str, job: Job) -> dict[str, Any]:

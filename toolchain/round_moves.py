@@ -28,13 +28,16 @@ STRETCH_BYTES = 8 << 30  # of statistics held at a time: those of about one bloc
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """What a round may do. `dampings` are of (S_o, S_i) in the Newton step, shares of the mean diagonals."""
+    """What a round may do. `dampings` are of (S_o, S_i) in the Newton step, shares of the mean diagonals. Refits
+    leave a table that several groups use as it is, and with `keeps_tables` every one.
+    """
 
     steps: tuple[float, ...] = (0.1, 0.2, 0.4, 1.0)
     dampings: tuple[float, float] = (0.1, 0.1)
     cap: float = 0.05  # of a group's codes that may change
     moment_damping: float = 0.01  # of S_i in the objective, as in the sweep
     refits: bool = True
+    keeps_tables: bool = False
     descent: Descent = field(default_factory=lambda: Descent(sweeps=1))
     stretch_bytes: int = STRETCH_BYTES  # changes what is held at a time and how often inputs pass, no result
 
@@ -128,12 +131,15 @@ def moved_group(
     moment: Tensor,
     row_factors: Sequence[Tensor | None],
     options: RoundOptions,
+    *,
+    is_shared: bool = False,
 ) -> tuple[tuple[VQWeights, ...], float]:
     """(the layers of a group coded again for W† float32[m_i, n], from what they hold; the share of codes that changed).
 
     Args:
         moment: S_i float32[n, n].
         row_factors: S_o float32[m_i, m_i] a layer; None where it has none. The identity where others have one.
+        is_shared: other groups use the table too.
     """
     code = modules[0].code
     problem = stack_group(targets, moment, code, searches_paths=True)
@@ -141,7 +147,8 @@ def moved_group(
     factors = _damped_factors(row_factors, problem.rows, options.dampings[0])
     found, share = capped_descent(problem, solution_of(modules, problem), damped, factors, modules, options)
     if options.refits:
-        found = refit(problem, found, code, Objective.of(problem, damped, factors))
+        objective = Objective.of(problem, damped, factors)
+        found = refit(problem, found, code, objective, keeps_table=options.keeps_tables or is_shared)
     return pack_group(problem, found.indices, found.table, found.scales, code).layers, share
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,6 +86,14 @@ class _Round:
     apart: list[int]
     progress: Progress
     clock: _Clock
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """Ids of tables that layers of more than one group use."""
+        users: dict[str, set[str]] = {}
+        for piece in (piece for layer in self.plan.layers if not layer.tied_to for piece in layer.pieces):
+            users.setdefault(piece.table, set()).add(piece.group)
+        return {table for table, groups in users.items() if len(groups) > 1}
 
     @property
     def specs(self) -> list[LayerSpec]:
@@ -237,7 +246,8 @@ def _moved_step(run: _Round, unit: float, group: str, tensors: Mapping[str, Tens
         weight, move = module.dense(torch.float32), step * (unit * own[f"shift.{spec.name}"])
         targets.append(weight + trusted_move(weight, move, own["moment"], module.code))
     factors = [own.get(f"rows.{spec.name}") for spec in layers]
-    stored, share = moved_group(modules, targets, own["moment"], factors, run.options)
+    is_shared = modules[0].table_id in run.shared
+    stored, share = moved_group(modules, targets, own["moment"], factors, run.options, is_shared=is_shared)
     run.pieces.put(f"moved.{number}.{group}", dict(_named(layers, stored)), {"share": share})
     return share
 

@@ -180,6 +180,33 @@ def test_a_zero_scale_stays_zero():
     assert bool((model.q.scales[:5] > 0).all())
 
 
+def test_a_shared_tables_gradient_is_the_sum_over_all_that_use_it():
+    """mix and down share a table here; each one's part is what autograd gives it alone."""
+    model = WithNorm()
+    model.down.table_id, model.down.table = "t2", model.mix.table
+    hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    tuned = TunedWeights(model, torch.float32)
+    tuned.install()
+    (model.mix(hidden).square().mean() + model.down(hidden[:, :192]).square().mean()).backward()
+    tuned.backward()
+    start = model.mix.table.float()
+    parts = []
+    for module, x in ((model.mix, hidden), (model.down, hidden[:, :192])):
+        table = start.clone().requires_grad_()
+        weight = table[lookup_indices(module).long()].reshape(module.rows, -1)[:, : module.columns]
+        y = x @ (weight * module.scales.float()[:, None]).T
+        (y + (0 if module.bias is None else module.bias.detach())).square().mean().backward()
+        parts.append(table.grad * start.square().mean().sqrt())
+    found = tuned.offsets["tables"]["t2"].grad
+    torch.testing.assert_close(found, parts[0] + parts[1], rtol=1e-4, atol=1e-6 * float(found.abs().max()))
+    assert all(float(part.abs().max()) > 0 for part in parts)
+    moved(tuned)
+    tuned.store(tuned.copied())
+    assert model.down.table is model.mix.table
+    assert not torch.equal(model.mix.table.float(), start)
+    tuned.release()
+
+
 def test_a_tied_head_and_its_embedding_pull_together():
     model = WithNorm()
     tuned = TunedWeights(model, torch.float32)

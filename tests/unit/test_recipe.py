@@ -9,6 +9,7 @@ import pytest
 
 from toolchain.errors import UsageError
 from toolchain.recipe import NAME, PARTS, Recipe, parse_recipe
+from toolchain.table_sharing import CHOICES
 
 
 def test_the_default_is_the_plain_name():
@@ -31,6 +32,26 @@ def test_a_sign_switches_its_part_alone(part, sign, on):
     assert asdict(parse_recipe(f"{NAME}{sign}{part}")) == asdict(Recipe()) | {part: on}
 
 
+@pytest.mark.parametrize("tables", CHOICES)
+def test_whose_the_tables_are_is_named(tables):
+    found = parse_recipe(f"{NAME}-mix+tables={tables}+tune")
+    assert found == Recipe(mix=False, tune=True, tables=tables)
+    assert parse_recipe(str(found)) == found
+    assert found.shares_tables == (tables != "group")
+    assert str(Recipe(tables="universal")) == "mgvq+tables=universal"
+
+
+@pytest.mark.parametrize("name", ["mgvq+tables", "mgvq-tables=part", "mgvq+tables=each"])
+def test_other_choices_of_tables_are_refused(name):
+    with pytest.raises(UsageError, match=r"expected \+tables= and one of group, part, universal, found [-+]tables"):
+        parse_recipe(name)
+
+
+def test_a_switch_takes_no_value():
+    with pytest.raises(UsageError, match=r"part 'tune' is on or off, found '=yes'; write \+tune or -tune"):
+        parse_recipe("mgvq+tune=yes")
+
+
 def test_the_order_of_parts_is_no_matter():
     first, second = parse_recipe("mgvq-mix-deal+tune"), parse_recipe("mgvq+tune-deal-mix")
     assert first == second
@@ -44,7 +65,7 @@ def test_what_a_name_says_twice_over_is_not_in_the_name():
 @pytest.mark.parametrize(
     "name",
     ["", "gptvq", "MGVQ", "mgvq ", " mgvq", "mgvqdrift", "mgvq-", "mgvq+", "mgvq--drift", "mgvq-Drift", "mgvq-drift2",
-     "mgvq drift", "mgvqmgvq", "mgvq-drift,", "-drift"],
+     "mgvq drift", "mgvqmgvq", "mgvq+tables=", "mgvq+tables=part=part", "mgvq-drift,", "-drift"],
 )  # fmt: skip
 def test_other_names_are_refused(name):
     with pytest.raises(UsageError, match="expected mgvq, then any of -part or") as caught:
@@ -59,7 +80,9 @@ def test_unknown_parts_are_refused_by_name():
     assert "'mgvq-mix-drfit'" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mgvq-drift-drift", "mgvq-drift+drift", "mgvq+tune-mix+tune"])
+@pytest.mark.parametrize(
+    "name", ["mgvq-drift-drift", "mgvq-drift+drift", "mgvq+tune-mix+tune", "mgvq+tables=part+tables=part"]
+)
 def test_a_part_named_twice_is_refused(name):
     with pytest.raises(UsageError, match="is named twice; name it once"):
         parse_recipe(name)

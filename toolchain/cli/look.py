@@ -84,14 +84,14 @@ def plan(
 ) -> None:
     """Say whether a model fits a board before anything is built, and what to turn down if not. Exit 5 when not."""
     from toolchain.config import check_method
-    from toolchain.planning import overlapping_codes, parse_image, plan_model
+    from toolchain.planning import overlapping_codes, parse_image, plan_model, table_choice
     from toolchain.target import load_target
 
     board = load_target(target)
     check_method(method)
     average, budget_bytes = bits_or_budget(bits, budget)
-    picture, overlapping = parse_image(image), overlapping_codes(method)
-    planned = plan_model(model, board, average, context, picture, budget_bytes, overlapping=overlapping)
+    picture, recipe = parse_image(image), (overlapping_codes(method), table_choice(method))
+    planned = plan_model(model, board, average, context, picture, budget_bytes, (), *recipe)
     emit(planned.to_json(), planned.text(), form)
     if planned.problems:
         raise BudgetError(

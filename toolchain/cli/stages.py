@@ -103,11 +103,12 @@ def _size_asked(
     model: Path, bits: float | None, budget: str | None, overrides: list[tuple[str, str]], method: str
 ) -> dict[str, Any]:
     """What `quantize_checkpoint` is to keep to, bits or budget_bytes; a budget that cannot be kept is refused now."""
-    from toolchain.planning import over_budget, overlapping_codes, plan_formats
+    from toolchain.planning import over_budget, overlapping_codes, plan_formats, table_choice
 
     average, budget_bytes = bits_or_budget(bits, budget)
     if budget_bytes is not None:
-        formats = plan_formats(model, average, budget_bytes, tuple(overrides), overlapping_codes(method))
+        recipe = overlapping_codes(method), table_choice(method)
+        formats = plan_formats(model, average, budget_bytes, tuple(overrides), *recipe)
         if problem := over_budget(formats, budget_bytes):
             raise BudgetError(f"{model}: {problem}")
     return {"bits": average} if average is not None else {"bits": None, "budget_bytes": budget_bytes}

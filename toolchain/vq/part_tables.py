@@ -51,7 +51,12 @@ def pieces_of(
         return [Piece(weights, moment, damping, row_weights)]
     steps = damped_steps(moment, segments, damping)
     return [
-        Piece([weight[:, s.first : s.first + s.columns] for weight in weights], step.metric, ROUNDING_DAMPING)
+        Piece(
+            [weight[:, s.first : s.first + s.columns] for weight in weights],
+            step.metric,
+            ROUNDING_DAMPING,
+            row_weights,
+        )
         for s, step in zip(segments, steps, strict=True)
     ]
 
