@@ -11,6 +11,7 @@ from quantized_tiny import quantized_tiny
 from safetensors.torch import load_file
 
 from toolchain.bitplan import real_bits
+from toolchain.bundle import write_bundle
 from toolchain.calibration import calibration_inputs, read_manifest
 from toolchain.checkpoint import load_model, load_quantized
 from toolchain.errors import UsageError
@@ -180,6 +181,9 @@ def test_graphs_hold_each_shared_table_once_and_agree(made, tiny_qwen2_vl, tiny_
     stages = (tiny_qwen2_vl, quantized_folder, tmp_path / "reference", tmp_path / "device")
     result = validate_line(family, *stages, read_manifest(tiny_manifest)[:2], tmp_path, steps=1)
     assert result.passed
+    pieces = {"device": tmp_path / "device", "bitplan.json": quantized_folder / "bitplan.json"}
+    bundle = write_bundle(pieces, tmp_path / "bundle", target={"name": "x"})
+    assert inspect_folder(bundle.folder)[0]["tables"].keys() == made["universal"].plan.tables().keys()
 
 
 def test_tables_in_the_options_are_refused(tiny_qwen2_vl, tiny_manifest, tmp_path):

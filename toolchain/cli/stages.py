@@ -48,7 +48,7 @@ def quantize(
     bits: BitsOption = None,
     budget: BudgetOption = None,
     method: Annotated[
-        str, typer.Option(help="mgvq (-part takes a part out, +part in), or a baseline: gptq, gptvq, nearest, rtn.")
+        str, typer.Option(help="mgvq (-part takes a part out, +part in, +tables=CHOICE), or gptq, gptvq, nearest, rtn.")
     ] = "mgvq",
     code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
     seed: SeedOption = 0,
