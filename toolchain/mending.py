@@ -49,6 +49,7 @@ def mend_by_rounds(
     statistics = Statistics(
         lambda specs: _moments(job, model, specs, masses),
         lambda specs: _row_factors(job, specs, watch) if recipe.fisher else {},
+        ROWS_UP_TO if recipe.fisher else 0,
     )
     scores = None
     found: list[dict[str, Any]] = []

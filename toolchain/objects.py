@@ -74,8 +74,8 @@ class ObjectStore:
         for path, differs in others.items():
             if note:
                 note(
-                    f"{path} holds the pieces of a run that was stopped, of other {differs}; they stay, and this run "
-                    f"begins anew beside them. To go on with them give their settings again; else remove {path}"
+                    f"{path} holds the pieces of a run that was stopped and differs in {differs}; they stay, and this "
+                    f"run begins anew beside them. To go on with them give their settings again; else remove {path}"
                 )
         return store
 

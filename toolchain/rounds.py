@@ -10,12 +10,13 @@ A round goes three times over the groups, and keeps what it has found in pieces 
     moved.η.GROUP   the codes it takes for that η                   group by group; its shift goes when all η are there
     judged.η        nats of the model of that η                     η by η
 
-Resident at any time are the model with a decoded copy, the teacher's log-probabilities, the codes of two models, and
-of statistics those of one stretch: as many groups as `RoundOptions.stretch_bytes` holds, one at least, counted as
-12 m n bytes for G (its sum and two gradients of a sample), 12 n² for S_i (two halves and their sum) and 4 m² for S_o;
-while groups move, N, S_i and S_o of one group. A stretch costs two backward passes over the samples fitted to, and one
-forward pass over all: fewer where stretches are longer. On disk lie 4 m n + 4 n² + 4 m² bytes of groups yet to move,
-some 70 GB of a 7B model. A killed round goes on after the last piece, to the same bytes.
+Resident at any time are both models, the quantized one with a decoded copy, the teacher's log-probabilities, the codes
+of two models, and of statistics those of one stretch: as many groups as `RoundOptions.stretch_bytes` holds, one at
+least, counted as 12 m n bytes for G (its sum and two gradients of a sample), 12 n² for S_i (two halves and their sum)
+and 4 m² for S_o; while groups move, N, S_i and S_o of one group, twice while their file is written or read. A stretch
+costs two backward passes over the samples fitted to and a forward pass over all, and where rows are coupled a backward
+pass over all of the full-precision model: fewer passes where stretches are longer. On disk lie 4 m n + 4 n² + 4 m²
+bytes of groups yet to move, some 70 GB of a 7B model. A killed round goes on after the last piece, to the same bytes.
 """
 
 from __future__ import annotations
@@ -63,10 +64,18 @@ class Statistics:
 
     moments: group → S_i float32[n, n].
     row_factors: layer → S_o float32[m, m] of mean diagonal 1; the identity where a layer has none.
+    rows_up_to: only layers of at most so many outputs have an S_o.
     """
 
     moments: Callable[[Sequence[LayerSpec]], Mapping[str, Tensor]]
     row_factors: Callable[[Sequence[LayerSpec]], Mapping[str, Tensor]]
+    rows_up_to: int
+
+    def held_bytes(self, members: Sequence[LayerSpec]) -> int:
+        """Of a group's statistics while they are collected, gradients among them."""
+        rows, columns = [spec.rows for spec in members], members[0].columns
+        coupled = sum(m**2 for m in rows if m <= self.rows_up_to)
+        return 12 * sum(rows) * columns + 12 * columns**2 + 4 * coupled
 
 
 @dataclass
@@ -153,7 +162,7 @@ def _shifted(run: _Round) -> float:
         return done[1]["unit"]
     inner: dict[str, float] = {}
     divergence = 0.0
-    parts = list(stretches(run.specs, run.options.stretch_bytes, _held_bytes))
+    parts = list(stretches(run.specs, run.options.stretch_bytes, run.statistics.held_bytes))
     for number, stretch in enumerate(parts):
         values = _stretch_shifts(run, stretch, number, len(parts))
         inner |= {name: value for one in values for name, value in one["inner"].items()}
@@ -161,12 +170,6 @@ def _shifted(run: _Round) -> float:
     unit = step_unit(divergence, [inner[spec.name] for spec in run.specs])
     run.pieces.put("unit", {}, {"unit": unit})
     return unit
-
-
-def _held_bytes(members: Sequence[LayerSpec]) -> int:
-    """Of a group's statistics while they are collected."""
-    rows, columns = [spec.rows for spec in members], members[0].columns
-    return 12 * sum(rows) * columns + 12 * columns**2 + 4 * sum(m**2 for m in rows)
 
 
 def _stretch_shifts(run: _Round, stretch: Sequence[LayerSpec], number: int, count: int) -> list[dict[str, Any]]:

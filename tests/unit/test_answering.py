@@ -180,7 +180,7 @@ def test_another_bound_is_another_run(bare, tiny_qwen2_vl, tmp_path):
                 note=notes.append,
             )
     assert len(notes) == 1
-    assert f"of other answer_tokens ({TOKENS}, now {TOKENS + 1});" in notes[0]
+    assert f"differs in answer_tokens ({TOKENS}, now {TOKENS + 1});" in notes[0]
 
 
 def test_the_default_is_one(tmp_path):

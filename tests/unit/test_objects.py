@@ -65,9 +65,9 @@ def test_another_key_begins_anew_and_loses_nothing(tmp_path):
     second = ObjectStore.open(tmp_path / "s", other, note=notes.append)
     assert second.get("x") is None
     assert notes == [
-        f"{first.folder} holds the pieces of a run that was stopped, of other limits.bits (2.0, now 2.25), seed (0, "
-        f"now 1); they stay, and this run begins anew beside them. To go on with them give their settings again; else "
-        f"remove {first.folder}"
+        f"{first.folder} holds the pieces of a run that was stopped and differs in limits.bits (2.0, now 2.25), seed "
+        f"(0, now 1); they stay, and this run begins anew beside them. To go on with them give their settings again; "
+        f"else remove {first.folder}"
     ]
     second.put("x", TENSORS, 2)
     assert ObjectStore.open(tmp_path / "s", KEY, note=notes.append).get("x")[1] == 1
@@ -83,7 +83,7 @@ def test_long_values_are_left_out_of_what_differs(tmp_path):
     notes = []
     ObjectStore.open(tmp_path / "s", KEY | {"calibration": "a" * 64}).put("x", TENSORS)
     ObjectStore.open(tmp_path / "s", KEY | {"calibration": "b" * 64}, note=notes.append)
-    assert "of other calibration;" in notes[0]
+    assert "differs in calibration;" in notes[0]
 
 
 def test_nothing_is_written_before_the_first_piece(tmp_path):

@@ -29,7 +29,7 @@ from toolchain.round_moves import (
 from toolchain.rounds import Statistics, jacobi_round
 from toolchain.sequence import groups_of as grouped
 from toolchain.statistics import collect_loss_statistics
-from toolchain.values import CODES
+from toolchain.values import CODES, LayerSpec
 from toolchain.vq.weights import stack_group
 
 
@@ -70,7 +70,7 @@ def pieces(tmp_path):
 
 def turn(setting, pieces, options=None, row_factors=None, specs=None):
     s, factors = setting, row_factors or {}
-    known = Statistics(lambda specs: s.moments, lambda specs: factors)
+    known = Statistics(lambda specs: s.moments, lambda specs: factors, 1 << 20)
     return jacobi_round(s.model, s.scores, s.inputs, known, specs or s.specs, s.plan, pieces, options, seed=0)
 
 
@@ -168,12 +168,18 @@ def measured(setting, teacher):
     def factors(specs):
         return collect_loss_statistics(teacher, own.inputs, specs, rows_up_to=128, seed=3).rows
 
-    return Statistics(moments, factors), linears
+    return Statistics(moments, factors, 128), linears
 
 
 @pytest.fixture(scope="module")
 def teacher(tiny_qwen2_vl):
     return load_model(tiny_qwen2_vl).requires_grad_(False)
+
+
+def test_the_bytes_of_a_groups_statistics_are_counted():
+    """Two layers of 3 and 5 outputs and 7 inputs, S_o of the first alone: 12 · 8 · 7 + 12 · 49 + 4 · 9."""
+    members = [LayerSpec(f"layer{m}", "language", "linear", m, 7, "group", 0) for m in (3, 5)]
+    assert Statistics(lambda specs: {}, lambda specs: {}, 4).held_bytes(members) == 672 + 588 + 36
 
 
 @pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
@@ -266,7 +272,7 @@ def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monke
         monkeypatch.setattr(f"toolchain.rounds.{name}", function)
     pieces = ObjectStore(tmp_path / "run", {}).under("round")
     options = RoundOptions(steps=(0.4,), stretch_bytes=1)
-    statistics = Statistics(moments, factors)
+    statistics = Statistics(moments, factors, 128)
     jacobi_round(own.model, own.scores, own.inputs, statistics, linears, own.plan, pieces, options, seed=0)
     store_weights(own.model, before, own.plan)
     groups = len(grouped(linears))
