@@ -12,13 +12,15 @@ from contextlib import contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
     """Whether ctrl-C was pressed, as a function; the KeyboardInterrupt itself comes when the block ends well.
 
-    Only the main thread gets signals: elsewhere nothing is held, and nothing can come.
+    Only the main thread gets signals: elsewhere nothing is held, and nothing can come. Nor is anything where ctrl-C is
+    ignored, as under nohup, or ends the process.
     """
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: False
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:
         yield lambda: bool(pressed)
     finally:

@@ -10,6 +10,14 @@ import pytest
 from toolchain.device.interrupts import held_interrupts
 
 
+@pytest.fixture(autouse=True)
+def usual_handler():
+    """Python's own, which a test run in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_held_ctrl_c_is_told_and_comes_at_the_end():
     before, seen = signal.getsignal(signal.SIGINT), []
 
@@ -38,6 +46,15 @@ def test_without_ctrl_c_nothing_comes_and_an_error_stays_itself():
     with pytest.raises(ValueError, match="its own"):
         fails()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_where_ctrl_c_is_ignored_or_deadly_it_stays_so(handler):
+    """As under nohup, and in jobs that a script puts into the background."""
+    signal.signal(signal.SIGINT, handler)
+    with held_interrupts() as is_interrupted:
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert not is_interrupted()
 
 
 def test_another_thread_holds_nothing():
