@@ -18,6 +18,8 @@ PATIENCE_SECONDS = (30.0, 10.0, 5.0)  # after interrupt, terminate, kill
 
 def run(command, patience=PATIENCE_SECONDS):
     """The exit code of `command` (negative signals as a shell shows them: 128 + signal)."""
+    # A login whose processes ignore it would hand that on, and the verb could not be stopped in time to save its state.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=stop_at_end_of_input, args=(process, patience), daemon=True).start()
     code = process.wait()

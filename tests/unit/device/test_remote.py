@@ -108,9 +108,10 @@ def test_stopping_us_stops_the_verb_there(board, bundle, tmp_path, number):
     """Interrupted, the verb saves its state and we end with 130; killed, it is stopped all the same."""
     state, options = tmp_path / "state", board.options
     code = (
-        "import sys; from pathlib import Path; from toolchain.device.remote import *\n"
+        "import signal, sys; from pathlib import Path; from toolchain.device.remote import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run in the background
         f"o = RemoteOptions({options.python!r}, {options.mgvq!r}, {options.folder!r}, "
-        f"{str(options.ssh_config) if options.ssh_config else None!r})\n"
+        f"{f'Path({str(options.ssh_config)!r})' if options.ssh_config else None})\n"
         "try: run_remote(*sys.argv[1:3], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:], options=o)\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
