@@ -25,7 +25,7 @@ from toolchain.bundle import Bundle
 from toolchain.device.backends import BACKENDS, DEFAULT_SM, backend_named, load_backend
 from toolchain.device.board import Board, Memory, read_board, read_memory
 from toolchain.device.build_report import BuildReport, BuiltEngine
-from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes, collecting_logger
+from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes
 from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, inspection_warnings, read_plan, vq_nodes
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 from toolchain.folders import check_place
@@ -106,8 +106,9 @@ def build_engines(
             build.engine(builder, name, path, profiles_of(name, shapes), building) for name, path in graphs.items()
         )
         report = build.report(builder, engines, building)
+        log = builder.log  # one for the process: TensorRT keeps the first that it was given
         del builder  # engines and their weights need the memory it holds
-        report = build.checked(report, building)
+        report = build.checked(report, building, log)
         write_json(building / "build.json", report.to_json())
     return report
 
@@ -264,7 +265,7 @@ class _Build:
             self.watch.lowest_bytes,
         )
 
-    def checked(self, report: BuildReport, building: Path) -> BuildReport:
+    def checked(self, report: BuildReport, building: Path, log: Any) -> BuildReport:
         """The report with what the stored calls say of the engines; for RTX, whose GPU need not be here, as it is.
 
         Raises:
@@ -280,7 +281,6 @@ class _Build:
             why = "--no-check" if not self.options.check else "the bundle stores no calls"
             return dataclasses.replace(report, warnings=(*report.warnings, f"engines were not compared: {why}"))
         self.say("engines: compared with the stored answers of the model")
-        log = collecting_logger(self.trt)
         runtime = self.trt.Runtime(log)
         engines = {
             e.graph: LoadedEngine(self.trt, runtime, e.graph, (building / e.file).read_bytes(), log)
