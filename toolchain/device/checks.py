@@ -55,13 +55,16 @@ def check_release(target: Mapping[str, Any] | None, board: Board, tensorrt: str)
     return []
 
 
-def check_memory(plan: Mapping[str, Any] | None, memory: Memory | None, *, has_cma: bool) -> list[str]:
+def check_memory(
+    plan: Mapping[str, Any] | None, memory: Memory | None, *, has_cma: bool, has_check: bool = False
+) -> list[str]:
     """Refuse a build that the memory plan says will not fit what is free now; warnings otherwise.
 
     Args:
         plan: memory.json of the bundle; None says so in a warning.
         memory: what is free; None (no /proc/meminfo) says so in a warning.
         has_cma: whether large blocks come from the kernel's contiguous pool, as on a Jetson.
+        has_check: whether the engines are run once they are built, which takes their weights too.
 
     Raises:
         BudgetError: the build's peak or the largest block is more; it says what to turn down.
@@ -70,11 +73,15 @@ def check_memory(plan: Mapping[str, Any] | None, memory: Memory | None, *, has_c
         missing = "the bundle has no memory plan" if plan is None else "this system does not say what memory is free"
         return [f"{missing}: whether the build fits was not checked"]
     peak, block = plan["build_peak_bytes"], plan["largest_block_bytes"]
+    takes = f"building takes about {_mib(peak)}"
+    if has_check and plan.get("peak_bytes", 0) > peak:
+        peak = plan["peak_bytes"]
+        takes = f"comparing the engines with the model's answers takes about {_mib(peak)} (--no-check leaves it out)"
     if peak > memory.available_bytes:
         raise BudgetError(
-            f"building takes about {_mib(peak)}, {_mib(memory.available_bytes)} are available; stop the desktop (sudo "
-            "systemctl isolate multi-user.target), close other programs, or make the bundle again with a smaller "
-            "plan.image or plan.context"
+            f"{takes}, {_mib(memory.available_bytes)} are available; stop the desktop (sudo systemctl isolate "
+            "multi-user.target), close other programs, or make the bundle again with a smaller plan.image or "
+            "plan.context"
         )
     if not has_cma or memory.cma_total_bytes is None:
         return []

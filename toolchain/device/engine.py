@@ -27,6 +27,7 @@ from toolchain.device.board import Board, Memory, read_board, read_memory
 from toolchain.device.build_report import BuildReport, BuiltEngine
 from toolchain.device.builder import Builder, BuilderOptions, MemoryWatch, Progress, Shapes
 from toolchain.device.checks import FLOOR_BYTES, check_memory, check_release, inspection_warnings, read_plan, vq_nodes
+from toolchain.device.engine_check import has_calls
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
 from toolchain.folders import check_place
 from toolchain.values import sha256_file, write_json
@@ -200,7 +201,9 @@ class _Build:
         if options.ignore_memory:
             self.warnings.append("memory was not checked (--ignore-memory)")
         else:
-            self.warnings += check_memory(read_plan(bundle), memory, has_cma=self.kind.is_on_board)
+            on_board = self.kind.is_on_board
+            has_check = on_board and options.check and has_calls(bundle)
+            self.warnings += check_memory(read_plan(bundle), memory, has_cma=on_board, has_check=has_check)
         self.pools = pools_from_target(target, memory) if self.kind.is_on_board else {}
         self.watch = MemoryWatch(machine.available_bytes, FLOOR_BYTES)
         self.expected = vq_nodes(bundle) if self.kind.is_on_board else None
@@ -272,7 +275,7 @@ class _Build:
             NumericGateError: an engine is off by more than its budget.
         """
         from toolchain.device.cuda import Cuda
-        from toolchain.device.engine_check import check_engines, has_calls, summary
+        from toolchain.device.engine_check import check_engines, summary
         from toolchain.device.loaded_engines import LoadedEngine
 
         if not self.kind.is_on_board:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from board_bundles import MIB, ORIN, ROOM, TARGET, place, wrong_plugin
+from board_bundles import MIB, ORIN, PLAN, ROOM, TARGET, place, wrong_plugin
 from simulated_cuda import SimulatedCuda, Status
 
 from toolchain.bundle import open_bundle, write_bundle
@@ -227,6 +227,18 @@ class TestCheck:
             build(bundle, tmp_path / "e", given)
         assert caught.value.exit_code == 4
         assert not (tmp_path / "e").exists()
+
+    def test_memory_for_the_comparison_is_asked_for_before_the_build(
+        self, simulated, answering, pieces, given, tmp_path
+    ):
+        board = simulated()
+        answering(0.002)
+        place(tmp_path / "source", "memory.json", json.dumps(PLAN | {"peak_bytes": 7000 * MIB}))
+        bundle = write_bundle(pieces | {"reference": tmp_path / "reference"}, tmp_path / "larger", target=TARGET)
+        with pytest.raises(BudgetError, match=r"comparing the engines .* takes about 7,000 MiB"):
+            build(bundle, tmp_path / "e", given)
+        assert board.events == []
+        assert build(bundle, tmp_path / "e", given, check=False).check is None
 
     def test_without_a_check_or_calls_build_json_says_so(self, simulated, answering, bundle, given, tmp_path):
         simulated()

@@ -147,6 +147,15 @@ class TestMemory:
             checks.check_memory(PLAN | plan, memory, has_cma=True)
         assert caught.value.exit_code == 5
 
+    def test_engines_that_are_compared_have_to_fit_with_their_weights(self):
+        """Refused before the build: after it, minutes would be lost."""
+        plan, room = PLAN | {"peak_bytes": 4000 * MIB}, Memory(3500 * MIB, None, None)
+        assert checks.check_memory(plan, room, has_cma=True) == []
+        words = r"comparing the engines with the model's answers takes about 4,000 MiB .--no-check .*3,500 MiB are"
+        with pytest.raises(BudgetError, match=words):
+            checks.check_memory(plan, room, has_cma=True, has_check=True)
+        assert checks.check_memory(PLAN | {"peak_bytes": 1}, room, has_cma=True, has_check=True) == []
+
     def test_a_workstation_has_no_pool_to_exceed(self):
         assert checks.check_memory(PLAN | {"largest_block_bytes": 300 * MIB}, ROOM, has_cma=False) == []
 
