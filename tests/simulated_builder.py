@@ -36,6 +36,8 @@ class SimulatedBoard:
     creators: tuple[str, ...] = ("VQLinear", "VQEmbedding")
     loads: bool = True
     dropped: tuple[str, ...] = ()  # layers that are in the network and not in the engine
+    probes: tuple[str, ...] = ()  # what plugins say of types they are asked about
+    fails: str = ""  # the network that no implementation is found for
     registered: bool = False  # the creators, by a library that was loaded
     events: list[str] = field(default_factory=list)
     configs: list[Config] = field(default_factory=list)
@@ -114,7 +116,11 @@ class Builder:
         monitor.phase_start("tactics", None, 2)
         going = monitor.step_complete("tactics", 0)
         monitor.phase_finish("tactics")
-        if not going:
+        for text in self.board.probes:
+            self.log.log(Logger.Severity.INFO, text)
+        if network.name == self.board.fails:
+            self.log.log(Logger.Severity.ERROR, "no implementation")
+        if not going or network.name == self.board.fails:
             return None
         config.cache.content += b"+" + network.name.encode()
         self.board.events.append(f"build {network.name}")

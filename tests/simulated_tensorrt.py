@@ -31,7 +31,7 @@ class SimulatedGraph:
 
 class Logger:
     class Severity:
-        INTERNAL_ERROR, ERROR, WARNING = range(3)
+        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
 
     def __init__(self) -> None:
         pass

@@ -16,6 +16,8 @@ from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError, U
 Shapes = Mapping[str, Sequence[Sequence[int]]]  # input → [smallest, usual, largest] shape
 Progress = Callable[[str, str, int, int], None]  # (graph, phase, steps done, steps in all)
 MIB = 2**20
+PLUGIN_SAYS = "mgvq: "  # plugins/tensorrt/log.cpp
+MOST_REFUSALS = 5  # of types, shown where a build fails
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Builder:
     def build_network(self, name: str, network: Any, profiles: Sequence[Shapes] = ()) -> Any:
         """The serialized plan of a network, as the library's host memory. Ctrl-C stops it after the step under way."""
         already = len(self.log.errors)
+        self.log.refusals.clear()
         with held_interrupts() as is_interrupted:
             config = self._config(name, network, profiles, is_interrupted)
             plan = self.builder.build_serialized_network(network, config)
@@ -139,7 +142,8 @@ class Builder:
                 "the bundle again with a smaller plan.image or plan.context"
             )
         if plan is None:
-            said = "; ".join(self.log.errors[already:]) or self.log.last()
+            refused = list(dict.fromkeys(self.log.refusals))[:MOST_REFUSALS]
+            said = "; ".join([*(self.log.errors[already:] or [self.log.last()]), *refused])
             raise InputDataError(f"graph {name}: {self.backend} parsed it and could not build it: {said}")
         if self.timing_cache is not None:
             self.timing_cache = bytes(memoryview(config.get_timing_cache().serialize()))
@@ -237,7 +241,10 @@ def _parser_message(error: Any) -> str:
 
 
 def collecting_logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that keeps errors and warnings and prints nothing."""
+    """A TensorRT logger that keeps errors and warnings, and what our plugins do not take, and prints nothing.
+
+    TensorRT probes a plugin with types that are not the network's: each refusal is of interest only if none is taken.
+    """
     severity = trt.ILogger.Severity
 
     class CollectingLogger(trt.ILogger):  # type: ignore[name-defined]
@@ -245,12 +252,15 @@ def collecting_logger(trt: ModuleType) -> Any:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.refusals: list[str] = []
 
         def log(self, level: Any, text: str) -> None:
             if level in (severity.ERROR, severity.INTERNAL_ERROR):
                 self.errors.append(text.strip())
             elif level == severity.WARNING:
                 self.warnings.append(text.strip())
+            elif text.startswith(PLUGIN_SAYS) and level == severity.INFO:
+                self.refusals.append(text.strip())
 
         def last(self) -> str:
             return self.errors[-1] if self.errors else "it gave no reason"

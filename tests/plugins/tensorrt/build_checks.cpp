@@ -130,8 +130,11 @@ void check_formats(Library& library) {
   const Call call = call_of(half_table, {5}, DataType::kHALF, DataType::kFLOAT);
   auto tensors = profile_of(call, 1, 5, 9);
   library.logger.take();
-  check(!plugin.build->supportsFormatCombination(4, tensors.data(), 4, 1) && has(library.logger.take(), "float16"),
-        "y of another type than x is not taken");
+  const bool takes_other = plugin.build->supportsFormatCombination(4, tensors.data(), 4, 1);
+  const bool is_quiet =
+      library.logger.messages.size() == 1 && library.logger.messages[0].severity == nvinfer1::ILogger::Severity::kINFO;
+  check(!takes_other && is_quiet && has(library.logger.take(), "float16"),
+        "y of another type than x is not taken, which is an answer and no warning");
   tensors[1].desc.dims.d[0] += 16;
   const bool is_taken = plugin.build->supportsFormatCombination(1, tensors.data(), 4, 1);
   std::string said = library.logger.take();

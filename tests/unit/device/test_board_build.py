@@ -165,6 +165,16 @@ class TestPluginRefusals:
         # Before the plugin is compiled, which takes minutes.
         self.refused(EnvironmentMismatch, words, bundle, tmp_path / "e", None, 6)
 
+    def test_types_that_are_probed_are_no_warnings_and_are_shown_where_a_build_fails(
+        self, simulated, bundle, given, tmp_path
+    ):
+        probe = "mgvq: VQLinear a: x: expected float16 or float32, found int8"
+        simulated(probes=(probe, probe))
+        assert not [text for text in build(bundle, tmp_path / "f", given).warnings if "mgvq: " in text]
+        simulated(probes=(probe, probe), fails="decoder")
+        words = f"graph decoder: tensorrt parsed it and could not build it: no implementation; {probe}$"
+        self.refused(InputDataError, words, bundle, tmp_path / "e", given, 7)
+
     def test_a_body_that_won_the_parsers_choice(self, simulated, pieces, given, tmp_path):
         board = simulated()
         place(pieces["device"], "vision.onnx", json.dumps({"plugins": ["a"], "others": ["b/gather", "b/matmul"]}))
