@@ -16,13 +16,23 @@ from torch import nn
 _ATTENTION = "mgvq"
 
 
+def picture_rank(is_image: torch.Tensor) -> torch.Tensor:
+    """int64[B, S]: how many are set of bool[B, S] up to each place, itself included, in reading order.
+
+    Sums under triangles instead of cumsum: TensorRT 10.3's parser makes a loop of CumSum, one step a token, which no
+    CUDA graph can hold. Float32 counts exactly up to 2^24.
+    """
+    row, place = (torch.arange(size, device=is_image.device) for size in is_image.shape)
+    within = ((place[:, None] >= place[None, :]) & is_image[:, None, :]).to(torch.float32).sum(2)
+    earlier = (row[:, None] > row[None, :]).to(torch.float32)
+    return (within + (earlier * is_image.to(torch.float32).sum(1)).sum(1, keepdim=True)).to(torch.int64)
+
+
 class EmbedGraph(nn.Module):
     """Token ids int64[B, S] and picture features [M, hidden] → embeddings [B, S, hidden].
 
     The i-th picture token of the batch, in reading order, takes the i-th feature row. Running count and gather instead
-    of masked_scatter: TensorRT refuses the NonZero that masked_scatter becomes. The count is a sum under a triangle
-    instead of cumsum: TensorRT 10.3's parser makes a loop of CumSum, one step a token, which no CUDA graph can hold.
-    Float32 counts exactly up to 2^24.
+    of masked_scatter: TensorRT refuses the NonZero that masked_scatter becomes.
     """
 
     def __init__(self, model: nn.Module, image_token_id: int) -> None:
@@ -33,9 +43,7 @@ class EmbedGraph(nn.Module):
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
         embeds = self.tokens(input_ids)
         is_image = input_ids == self.image_token_id
-        place = torch.arange(is_image.numel(), device=is_image.device)
-        counted = (place[:, None] >= place[None, :]) & is_image.reshape(1, -1)
-        rank = counted.to(torch.float32).sum(1).to(torch.int64).reshape(is_image.shape)
+        rank = picture_rank(is_image)
         # Row 0 is a row of zeros, so that rank 0 (no picture yet) and an empty feature list are both in range.
         rows = torch.cat([image_features.new_zeros(1, image_features.shape[1]), image_features])
         return torch.where(is_image.unsqueeze(-1), rows[rank * is_image], embeds)
