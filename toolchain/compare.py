@@ -19,7 +19,6 @@ from toolchain.bitplan import plan as plan_bits
 from toolchain.calibration import CalibrationInput, calibration_inputs
 from toolchain.checkpoint import load_model, load_quantized, open_checkpoint
 from toolchain.compare_rows import Measured, Pictures, full_precision_row, no_pair, pair_with, row_of
-from toolchain.dealing import load_dealt, read_orders
 from toolchain.errors import UsageError
 from toolchain.evaluate import (
     answer_all,
@@ -32,13 +31,14 @@ from toolchain.evaluate import (
 from toolchain.folders import DTYPE_BYTES
 from toolchain.layer_errors import layer_errors
 from toolchain.methods import COMPARED, METHODS
+from toolchain.mgvq.dealing import load_dealt, read_orders
+from toolchain.mgvq.recipe import NAME as OURS
+from toolchain.mgvq.recipe import parse_recipe
 from toolchain.models.family import Family, Processor, family_for, read_config
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded
 from toolchain.pace import layer_progress
 from toolchain.quantize import quantize_checkpoint
-from toolchain.recipe import NAME as OURS
-from toolchain.recipe import parse_recipe
 from toolchain.reporter import Reporter, Silent
 from toolchain.sequence import LayerResult
 from toolchain.values import ANSWER_TOKENS, LayerSpec, Sample

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from toolchain.bit_allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS
 from toolchain.errors import InputDataError, UsageError
-from toolchain.recipe import NAME, parse_recipe
+from toolchain.mgvq.recipe import NAME, parse_recipe
 from toolchain.values import ANSWER_TOKENS
 
 
@@ -22,7 +22,7 @@ class Section(BaseModel):
 class QuantizeSettings(Section):
     """How weights are coded. `bits` are index bits averaged over the quantized weights; none where the budget decides.
 
-    `method` is mgvq with any of its parts off or on (`toolchain.recipe`), or a baseline that a checkpoint can hold.
+    `method` is mgvq with any of its parts off or on (`mgvq.recipe`), or a baseline that a checkpoint can hold.
     """
 
     method: str = "mgvq"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput, calibration_inputs
 from toolchain.checkpoint import load_any
-from toolchain.dealing import load_dealt
 from toolchain.errors import ShapeError, UsageError
+from toolchain.mgvq.dealing import load_dealt
 from toolchain.models.family import family_for, read_config
 from toolchain.modules import keep_decoded, patch_rows
 from toolchain.segmented import vq_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from toolchain.baselines import gptq, gptvq, nearest, rotated, rtn, vptq
 from toolchain.baselines.compared import ComparedMethod
 from toolchain.errors import UsageError
-from toolchain.recipe import NAME, Recipe, parse_recipe
+from toolchain.mgvq.recipe import NAME, Recipe, parse_recipe
 from toolchain.vq.weights import Method
 
 # (weights, moment, code, options, generator) -> VQGroup, whose result a checkpoint can hold.

@@ -9,9 +9,9 @@ from typing import Any
 
 from toolchain import advice, bitplan, budget, roofline
 from toolchain.errors import UsageError
+from toolchain.mgvq.recipe import NAME, parse_recipe
 from toolchain.models.family import family_for, read_config
 from toolchain.models.inventory import kept_elements
-from toolchain.recipe import NAME, parse_recipe
 from toolchain.table_sharing import GROUP
 from toolchain.target import Target
 from toolchain.values import BitPlan

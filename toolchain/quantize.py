@@ -19,19 +19,19 @@ from toolchain.bitplan import BitCount, real_bits
 from toolchain.bitplan import plan as plan_bits
 from toolchain.calibration import calibration_inputs, layer_moments, samples_hash
 from toolchain.checkpoint import kept_dtype, load_model, write_quantized
-from toolchain.dealing import write_orders
 from toolchain.errors import UsageError
 from toolchain.folders import Checkpoint, check_output, open_checkpoint, staged_folder
-from toolchain.job import Job
-from toolchain.mending import Watch
 from toolchain.methods import method_named
-from toolchain.mgvq import Made, quantize_model
+from toolchain.mgvq.dealing import write_orders
+from toolchain.mgvq.job import Job
+from toolchain.mgvq.mending import Watch
+from toolchain.mgvq.recipe import Recipe
+from toolchain.mgvq.rotation_choice import trials_json
+from toolchain.mgvq.whole import Made, quantize_model
 from toolchain.models.family import family_for
 from toolchain.models.inventory import kept_parameters
 from toolchain.models.runner import torch_graphs
 from toolchain.objects import ObjectStore
-from toolchain.recipe import Recipe
-from toolchain.rotation_choice import trials_json
 from toolchain.sequence import LayerResult, Progress, Solved, planned_code, quantize_in_sequence
 from toolchain.values import ANSWER_TOKENS, BitPlan, LayerSpec, Sample, sha256_file, write_json
 from toolchain.vq.weights import Method, Options
@@ -73,7 +73,7 @@ def quantize_checkpoint(
 
     Args:
         samples: calibration data (`calibration.read_manifest`); lines without an answer get the model's own.
-        method: a recipe of mgvq (`toolchain.recipe`) or a baseline (`toolchain.methods`).
+        method: a recipe of mgvq (`toolchain.mgvq.recipe`) or a baseline (`toolchain.methods`).
         bits, budget_bytes, overrides: as for `bitplan.plan`.
         seed: everything random is drawn from it and a group's name; same machine and threads, same bytes.
         progress: called after every layer with (its result, layers done, layers in all).

@@ -24,7 +24,7 @@ SQUARES = {(block, block) for block in BLOCKS}
 def rotated(tiny_qwen2_vl, tiny_manifest, tmp_path_factory):
     """A line in which every group of linears has its inputs rotated. Read only."""
     patch, root = pytest.MonkeyPatch(), tmp_path_factory.mktemp("rotated")
-    patch.setattr("toolchain.rotation_choice.LEAST_GAIN", 100.0)
+    patch.setattr("toolchain.mgvq.rotation_choice.LEAST_GAIN", 100.0)
     line = made_line(tiny_qwen2_vl, read_manifest(tiny_manifest), root, method="mgvq-drift+rotate", options=FAST)
     patch.undo()
     return line

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from toolchain.bitplan import real_bits
 from toolchain.calibration import read_manifest
 from toolchain.checkpoint import load_any, load_model, load_quantized
-from toolchain.dealing import load_dealt, read_orders
 from toolchain.errors import InputDataError, UsageError
+from toolchain.mgvq.dealing import load_dealt, read_orders
 from toolchain.models.family import family_for
 from toolchain.modules import vq_modules
 from toolchain.quantize import quantize_checkpoint

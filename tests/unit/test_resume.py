@@ -108,15 +108,15 @@ def test_a_changed_setting_says_what_it_leaves_and_loses_nothing(tiny_qwen2_vl, 
 
 TUNED = f"""
 import functools, os, signal, sys, torch
-import toolchain.mending
+import toolchain.mgvq.mending
 from toolchain.calibration import read_manifest
 from toolchain.quantize import quantize_checkpoint
-from toolchain.tune_settings import TuneSettings
+from toolchain.mgvq.tune_settings import TuneSettings
 from toolchain.vq.weights import Options
 
 model, manifest, out, stop, side = sys.argv[1:]
 torch.set_num_threads(1)
-toolchain.mending.TuneSettings = functools.partial(TuneSettings, batch=2, save_every=1)
+toolchain.mgvq.mending.TuneSettings = functools.partial(TuneSettings, batch=2, save_every=1)
 replace, pieces = os.replace, []
 
 def killing(old, new):
@@ -179,18 +179,18 @@ def test_a_damaged_state_of_a_fine_tuning_is_refused(tiny_qwen2_vl, tiny_manifes
 
 STOPPED = f"""
 import functools, os, signal, sys, torch
-import toolchain.drift_solver
-import toolchain.rounds
+import toolchain.mgvq.drift_solver
+import toolchain.mgvq.rounds
 from toolchain.calibration import read_manifest
 from toolchain.quantize import quantize_checkpoint
-from toolchain.round_moves import RoundOptions
+from toolchain.mgvq.round_moves import RoundOptions
 from toolchain.vq.weights import Options
 
 model, manifest, out, begins, count, side = sys.argv[1:]
 torch.set_num_threads(1)
 # A few groups a stretch, so that a round has several.
-toolchain.rounds.RoundOptions = functools.partial(RoundOptions, steps=(0.4, 1.0), stretch_bytes=1_500_000)
-replace, code, seen = os.replace, toolchain.drift_solver.quantize_group, []
+toolchain.mgvq.rounds.RoundOptions = functools.partial(RoundOptions, steps=(0.4, 1.0), stretch_bytes=1_500_000)
+replace, code, seen = os.replace, toolchain.mgvq.drift_solver.quantize_group, []
 
 def dies(name, when):
     if name.startswith(begins) and side == when and len(seen) == int(count):
@@ -212,7 +212,7 @@ def coded(*arguments):
     return found
 
 os.replace = named
-toolchain.drift_solver.quantize_group = coded
+toolchain.mgvq.drift_solver.quantize_group = coded
 samples = read_manifest(manifest)
 method = "mgvq-mix-drift-overlap+rounds"
 quantize_checkpoint(model, samples, out, bits=2.0, method=method, options=Options({SETTINGS}))

@@ -191,9 +191,9 @@ def evaluate(
     """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest; with --reference, KL divergence too."""
     from toolchain.calibration import read_manifest
     from toolchain.checkpoint import load_any
-    from toolchain.dealing import read_orders
     from toolchain.evaluate import answer_all, checkpoint_log_probabilities, divergence_from, refuse_overlap
     from toolchain.layer_errors import checkpoint_layer_errors
+    from toolchain.mgvq.dealing import read_orders
     from toolchain.models.family import family_for, read_config
     from toolchain.models.runner import torch_graphs
     from toolchain.modules import keep_decoded

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from toolchain.checkpoint import load_quantized
-from toolchain.dealing import load_dealt, read_orders
 from toolchain.device.answer import CachePlan, greedy
 from toolchain.device.families import Prepared
 from toolchain.device.families.base import open_image
@@ -30,6 +29,7 @@ from toolchain.errors import NumericGateError
 from toolchain.graph.compare import Source, ValidationReport, answered, compare_calls, half_budgets
 from toolchain.graph.plugin_op import device_graphs
 from toolchain.graph.reference import Call, record_calls, store_reference
+from toolchain.mgvq.dealing import load_dealt, read_orders
 from toolchain.models.family import Family, Processor, read_config
 from toolchain.models.runner import torch_graphs
 from toolchain.modules import keep_decoded

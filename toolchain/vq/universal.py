@@ -25,7 +25,7 @@ from toolchain.vq.weights import FixedTable
 
 FILE = Path(__file__).with_name("universal.safetensors")
 STEPS, MACHINE = "steps", "machine"  # metadata keys inside the one that the file has
-# The codes of checkpoints, and the one that stands in for pairs in dry runs (`toolchain.dry_runs`).
+# The codes of checkpoints, and the one that stands in for pairs in dry runs (`toolchain.mgvq.dry_runs`).
 TRAINED_CODES = (*CODES.values(), VQCode(2, 4, 4))
 # Error on other Gaussian samples: (2,4,8) 0.0809, (4,8,8) 0.0982, (2,6,8) 0.0230. With 12 rounds 0.0818, 0.0993,
 # 0.0234; with 40 rounds of half the samples 0.0819, 0.0988, 0.0233.

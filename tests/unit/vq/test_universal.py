@@ -7,8 +7,8 @@ import torch
 from layer_problems import random_moment
 from safetensors.torch import load_file, save_file
 
-from toolchain.dry_runs import GAUSSIAN_ERROR
 from toolchain.errors import InputDataError
+from toolchain.mgvq.dry_runs import GAUSSIAN_ERROR
 from toolchain.values import CODE_NAMES, CODES, VQCode, parse_format
 from toolchain.vq import universal
 from toolchain.vq.codebook import Samples, entry_features, sample_features

@@ -1,0 +1,1 @@
+"""MGVQ over a whole model: statistics, sensitivity, plan, sweep, and what mends the whole afterwards."""
