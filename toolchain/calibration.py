@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ class CalibrationInput:
     tensors: dict[str, Tensor]
     is_image: Tensor
     answer_tokens: int = 0
+
+    @cached_property
+    def picture_digest(self) -> bytes:
+        """SHA-256 of the pixels, or of the tokens where it has no picture: equal pictures, equal digests."""
+        seen = self.tensors.get("pixel_values", self.tensors["input_ids"]).detach().cpu().contiguous()
+        return hashlib.sha256(repr(tuple(seen.shape)).encode() + seen.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def calibration_inputs(processor, samples: Iterable[Sample]) -> list[CalibrationInput]:
@@ -234,9 +241,3 @@ def layer_moments(
         if spec.name in heads:
             found[spec.name] = tied_moment(collected[heads[spec.name].name].second_moment)
     return found
-
-
-def picture_digest(one: CalibrationInput) -> bytes:
-    """SHA-256 of a sample's pixels, or of its tokens where it has no picture: equal pictures, equal digests."""
-    seen = one.tensors.get("pixel_values", one.tensors["input_ids"]).detach().cpu().contiguous()
-    return hashlib.sha256(repr(tuple(seen.shape)).encode() + seen.view(torch.uint8).numpy().tobytes()).digest()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from toolchain.calibration import CalibrationInput, picture_digest
+from toolchain.calibration import CalibrationInput
 
 GATED = 4  # every so many-th picture weighs the groups and gates descent
 JUDGED = 4  # every so many-th picture judges what is fitted after the sweep
@@ -15,7 +15,7 @@ JUDGED = 4  # every so many-th picture judges what is fitted after the sweep
 def picture_numbers(inputs: Sequence[CalibrationInput]) -> list[int]:
     """Which picture every sample is about: 0, 1, … in the order in which they first come."""
     order: dict[bytes, int] = {}
-    return [order.setdefault(picture_digest(one), len(order)) for one in inputs]
+    return [order.setdefault(one.picture_digest, len(order)) for one in inputs]
 
 
 def parted(owners: Sequence[int], apart: Collection[int]) -> tuple[list[int], list[int]]:

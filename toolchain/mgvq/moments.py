@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration import CalibrationInput
 from toolchain.errors import InputDataError
+from toolchain.mgvq.held_out import picture_numbers
 from toolchain.mgvq.statistics import TOKEN_PARTS, layer_rows, split_masses
 from toolchain.sequence import groups_of
 from toolchain.values import LayerSpec
@@ -59,8 +60,8 @@ def collect_pairs(
 ) -> dict[str, PairMoments]:
     """Group → moments of its inputs x_q in the model as it stands, against x_f in the full-precision one.
 
-    Sums are weighted by token masses, accumulated in float32, in two halves of the samples (even, odd) that
-    `drift.gated_shift` holds against one another.
+    Sums are weighted by token masses, accumulated in float32, in two halves that `drift.gated_shift` holds against one
+    another: the samples about every other picture, so that no picture is on both sides.
 
     Args:
         full: None where no drift is wanted: x_f is then x_q.
@@ -71,7 +72,9 @@ def collect_pairs(
     """
     first = {group: members[0] for group, members in groups_of(specs).items()}
     halves: dict[str, list[Pair | None]] = {group: [None, None] for group in first}
+    pictures = picture_numbers(inputs)
     for number, one in enumerate(inputs):
+        side = pictures[number] % 2
         own = inputs_of(quantized, one, first)
         other = own if full is None else inputs_of(full, one, first)
         for group, rows in own.items():
@@ -82,7 +85,7 @@ def collect_pairs(
                     f"{len(mass)}; statistics and moments must be taken with the same samples"
                 )
             found = Pair.of(rows, other[group], mass)
-            halves[group][number % 2] = found.added(halves[group][number % 2])
+            halves[group][side] = found.added(halves[group][side])
         if progress:
             progress(number + 1, len(inputs))
     return {group: PairMoments.merged(pair) for group, pair in halves.items()}

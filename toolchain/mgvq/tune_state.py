@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolchain.calibration import CalibrationInput, picture_digest
+from toolchain.calibration import CalibrationInput
 from toolchain.mgvq.lookup import TunedWeights
 from toolchain.mgvq.tune_settings import TuneSettings
 
@@ -27,7 +27,7 @@ def run_mark(
     facts = asdict(settings) | {"seed": seed, "train": list(train), "answers": [one.answer_tokens for one in inputs]}
     digest = hashlib.sha256(json.dumps(facts, default=str).encode())
     for one in inputs:
-        digest.update(picture_digest(one) + _content(one.tensors["input_ids"]))
+        digest.update(one.picture_digest + _content(one.tensors["input_ids"]))
     for name, module in tuned.modules.items():
         digest.update(name.encode() + _content(module.codes))
     for values in tuned.start.values():

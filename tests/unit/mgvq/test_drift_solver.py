@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolchain.calibration import picture_digest, read_manifest
+from toolchain.calibration import read_manifest
 from toolchain.mgvq import drift_solver
 from toolchain.mgvq.held_out import gate_samples
 from toolchain.quantize import quantize_checkpoint
@@ -63,9 +63,9 @@ def test_pictures_that_gate_descent_are_in_nothing_it_is_fitted_to(tiny_qwen2_vl
         assert not fit.is_coupled, "no sample is left for an output curvature"
         return
     fitted_inputs, fitted = seen["pairs"][-2]
-    apart = {picture_digest(inputs[number]) for number in held}
+    apart = {inputs[number].picture_digest for number in held}
     assert len(apart) == 2
-    assert {picture_digest(one) for one in fitted_inputs} == {picture_digest(one) for one in inputs} - apart
+    assert {one.picture_digest for one in fitted_inputs} == {one.picture_digest for one in inputs} - apart
     assert torch.equal(fit.fitted, fitted[group].whole.moment / fitted[group].whole.mass)
     assert not torch.equal(fit.fitted, fit.moment)
     assert fit.is_coupled

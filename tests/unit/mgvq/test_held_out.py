@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
+from toolchain.calibration import CalibrationInput
 from toolchain.mgvq import finetune, rounds
 from toolchain.mgvq.held_out import GATED, gate_samples, mending_split
 
 
 def of_picture(number):
-    return SimpleNamespace(tensors={"pixel_values": torch.full((2, 2), float(number)), "input_ids": torch.ones(1)})
+    tensors = {"pixel_values": torch.full((2, 2), float(number)), "input_ids": torch.ones(1)}
+    return CalibrationInput(tensors, torch.ones(1, dtype=torch.bool))
 
 
 def test_rounds_and_tuning_have_one_split_and_no_picture_on_both_sides():

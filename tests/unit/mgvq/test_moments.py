@@ -74,6 +74,15 @@ def test_every_group_is_there_with_mass_1_in_two_halves(case, drifted):
         close(even.cross + odd.cross, pairs.whole.cross)
 
 
+def test_questions_about_one_picture_are_in_one_half(case):
+    """Samples 0, 1, 0 again: two pictures, the second sample's alone in its half."""
+    spec = case.spec("layers.0.mlp.down_proj")
+    inputs, mass = [case.inputs[i] for i in (0, 0, 1)], case.asked[spec.group]
+    masses = {spec.group: [mass[0], mass[0], mass[1]]}
+    [pairs] = collect_pairs(case.full, None, inputs, [spec], masses).values()
+    assert [half.mass for half in pairs.halves] == pytest.approx([2 * float(mass[0].sum()), float(mass[1].sum())])
+
+
 @pytest.mark.parametrize("ending", ["layers.1.self_attn.v_proj", "layers.0.mlp.down_proj", "layers.1.mlp.up_proj"])
 def test_sums_are_over_the_tokens_of_both_models(case, drifted, ending):
     """x_q from the model as it stands, x_f from full precision, token by token."""
