@@ -37,7 +37,7 @@ def board(tmp_path_factory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("board")
     site = make_environment(folder / "owners")
     (site / "packages.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
-    place_package(site, "cuda-python", "12.9.0" if sys.version_info < (3, 12) else "13.0.0")
+    place_package(site, "cuda-python", "12.6.2" if sys.version_info < (3, 12) else "13.0.3")
     (folder / "sshd").mkdir()
     with loopback_server(folder / "sshd") as config:
         store = folder / "sshd" / "home" / ".cache" / "mgvq"
