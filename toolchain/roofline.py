@@ -48,9 +48,9 @@ class Phase:
     bytes_read: int
     flops: int
     layers: int
-    rotations: int
     ms: float
     error: float
+    rotations: int = 0
 
     @property
     def low_ms(self) -> float:
