@@ -21,10 +21,11 @@ from toolchain.graph.validate import validate_line
 from toolchain.inspection import inspect_folder
 from toolchain.install import TABLES
 from toolchain.mgvq.kl_shifts import teacher_scores
-from toolchain.mgvq.rounds import RoundOptions, jacobi_round
+from toolchain.mgvq.rounds import RoundOptions, Statistics, jacobi_round
 from toolchain.mgvq.statistics import answer_scores
 from toolchain.models.family import family_for, read_config
 from toolchain.modules import decode_weight, vq_modules
+from toolchain.objects import ObjectStore
 from toolchain.quantize import quantize_checkpoint
 from toolchain.table_sharing import UNIVERSAL, shared_table_id
 from toolchain.values import CODES
@@ -139,15 +140,17 @@ def test_a_part_table_moves_for_all_its_users_when_it_is_tuned(made, tiny_qwen2_
     assert tuned["improved"] == any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_rounds_leave_tables_that_several_groups_use(tiny_qwen2_vl, tiny_manifest):
+def test_rounds_leave_tables_that_several_groups_use(tiny_qwen2_vl, tiny_manifest, tmp_path):
     """Even where nobody says so: a group that refitted a shared table would spoil the others' weights."""
     model, specs, plan = quantized_tiny(tiny_qwen2_vl, "2,4,8", UNIVERSAL)
     processor = family_for(read_config(tiny_qwen2_vl)).load_processor(tiny_qwen2_vl)
     inputs = calibration_inputs(processor, read_manifest(tiny_manifest))
     scores = teacher_scores(load_model(tiny_qwen2_vl).requires_grad_(False), inputs)
-    moments = {spec.group: torch.eye(spec.columns) for spec in specs if spec.part == "language"}
+    language = [spec for spec in specs if spec.part == "language"]
+    white = Statistics(lambda asked: {spec.group: torch.eye(spec.columns) for spec in asked}, lambda asked: {}, 0)
+    pieces = ObjectStore(tmp_path / "run", {}).under("round")
     before = copy.deepcopy(model.state_dict())
-    result = jacobi_round(model, scores, inputs, moments, {}, specs, plan, RoundOptions(steps=(0.5,)), seed=0)
+    result = jacobi_round(model, scores, inputs, white, language, plan, pieces, RoundOptions(steps=(0.5,)), seed=0)
     after = model.state_dict()
     assert torch.equal(after[f"{TABLES}.universal_2_4_8"], before[f"{TABLES}.universal_2_4_8"])
     changed = [name for name in after if not torch.equal(after[name], before[name])]
@@ -163,7 +166,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(made, tiny_qwen2_vl, tiny_man
     settings = {"method": METHODS[choice], "bits": 2.25, "overrides": [SEGMENTS]}
     with pytest.raises(KeyboardInterrupt):
         quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", progress=stop, **settings)
-    assert bool(list((tmp_path / "q.partial").glob("tables.*.safetensors"))) == (choice == "part")
+    assert bool(list((tmp_path / "q.partial").glob("*/tables.*.safetensors"))) == (choice == "part")
     monkeypatch.setattr("toolchain.vq.part_tables.Pool.table", None)  # what was trained is not trained again
     again = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", resume="required", **settings)
     for name in ("model.safetensors", "bitplan.json", "config.json"):
