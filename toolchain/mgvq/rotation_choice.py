@@ -14,15 +14,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from toolchain.mgvq.dry_runs import GAUSSIAN_ERROR, STAND_INS, quick
+from toolchain.mgvq.dry_runs import expected_loss
 from toolchain.mgvq.job import Job
 from toolchain.mgvq.moments import Masses, collect_pairs
 from toolchain.mgvq.sensitivity import moment_stretches
 from toolchain.sequence import group_generator, groups_of
 from toolchain.values import LayerSpec, VQCode
 from toolchain.vq.rotation import block_of, rotate, rotate_moment
-from toolchain.vq.solve import quantize_group
-from toolchain.vq.weights import Options
+from toolchain.vq.segments import weighted_square
 
 # A rotated layer must lose at most this share of what the plain one loses.
 LEAST_GAIN = 0.9
@@ -85,30 +84,14 @@ def _rotatable(job: Job) -> set[str]:
 
 
 def _trial(weights: list[Tensor], moment: Tensor, codes: Sequence[VQCode], job: Job, group: str) -> Trial:
-    block, options = block_of(weights[0].shape[1]), quick(job.options)
-    turned = [rotate(weight, block) for weight in weights]
+    stacked = torch.cat(weights)
+    block, whole = block_of(stacked.shape[1]), weighted_square(stacked, moment)
 
-    def generator() -> torch.Generator:
-        return group_generator(job.seed, group)
+    def least(weight: Tensor, own: Tensor) -> float:
+        """The least share of the output energy that any of the codes would lose."""
+        generators = [group_generator(job.seed, group) for _ in codes]
+        losses = [expected_loss(weight, own, str(c), job.options, g) for c, g in zip(codes, generators)]
+        return min(losses) / whole if whole > 0 else 0.0
 
-    plain = _least(weights, moment, codes, options, generator)
-    rotated = _least(turned, rotate_moment(moment, block), codes, options, generator)
+    plain, rotated = least(stacked, moment), least(rotate(stacked, block), rotate_moment(moment, block))
     return Trial(plain, rotated, block if rotated < LEAST_GAIN * plain else 0)
-
-
-def _least(
-    weights: list[Tensor],
-    moment: Tensor,
-    codes: Sequence[VQCode],
-    options: Options,
-    generator: Callable[[], torch.Generator],
-) -> float:
-    """The least share of the output energy that any of the codes would lose, each foretold from its stand-in's run."""
-    shares = []
-    for code in codes:
-        stand_in = STAND_INS[code.vector]
-        run = quantize_group(weights, moment, stand_in, options, generator())
-        ratio = GAUSSIAN_ERROR[str(code)] / GAUSSIAN_ERROR[str(stand_in)]
-        reference = sum(run.references)
-        shares.append(ratio * run.loss / reference if reference > 0 else 0.0)
-    return min(shares)
