@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from toolchain.device import selftest
-from toolchain.device.board import Board, Gpu, Memory
-from toolchain.target import load_target
+from toolchain.device.runtime import selftest
+from toolchain.device.runtime.board import Board, Gpu, Memory
+from toolchain.plan.target import load_target
 from toolchain.values import CODES, VQCode
 from toolchain.vq import format as vq_format
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from toolchain.kernels.launch import Weight
+from toolchain.native.launch import Weight
 from toolchain.values import CODES, VQCode
 from toolchain.vq import format as vq_format
 

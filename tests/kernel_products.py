@@ -8,7 +8,7 @@ import torch
 from kernel_problems import Problem
 from torch import Tensor
 
-from toolchain.kernels import launch
+from toolchain.native import launch
 
 FEW_TOKENS = (1, 2, 8, 9, 17)
 ALL_TOKENS = (*range(1, 18), 31, 33, 64, 127, 512)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from toolchain.geometry import ModelGeometry, qwen2_vl_geometry
+from toolchain.plan.geometry import ModelGeometry, qwen2_vl_geometry
 from toolchain.values import BitPlan, LayerPlan
 
 QWEN2_VL_2B = {

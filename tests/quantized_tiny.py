@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from toolchain.bitplan import plan as plan_bits
-from toolchain.checkpoint import load_model
-from toolchain.install import TABLES, install_layer, install_tables, link_shared
-from toolchain.models.family import family_for, read_config
+from toolchain.bits.bitplan import plan as plan_bits
+from toolchain.bits.codebook_sharing import GROUP, UNIVERSAL
+from toolchain.checkpoint.install import TABLES, install_layer, install_tables, link_shared
+from toolchain.checkpoint.loading import load_model
+from toolchain.models.configs import read_config
 from toolchain.models.inventory import kept_parameters
-from toolchain.table_sharing import GROUP, UNIVERSAL
+from toolchain.models.registry import family_for
 from toolchain.values import BitPlan, LayerSpec, VQCode
 from toolchain.vq.solve import quantize_group
-from toolchain.vq.universal import universal_tables
+from toolchain.vq.universal_codebooks import universal_tables
 from toolchain.vq.weights import Options
 
 FAST = Options(rounds=1, lloyd_rounds=1, samples=500)

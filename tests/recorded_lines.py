@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from toolchain.checkpoint import load_quantized
+from toolchain.checkpoint.loading import load_quantized
+from toolchain.device.engines.compare import Source, answered, compare_calls
 from toolchain.device.families.base import open_image
-from toolchain.graph.compare import Source, answered, compare_calls
 from toolchain.graph.export import reference_graphs_from_model
-from toolchain.graph.pipeline import device_form, portable_form
+from toolchain.graph.rewrite import device_form, portable_form
 from toolchain.graph.validate import validate_line
-from toolchain.models.family import family_for, read_config
-from toolchain.quantize import quantize_checkpoint
+from toolchain.models.configs import read_config
+from toolchain.models.registry import family_for
+from toolchain.quantize.checkpoint import quantize_checkpoint
+from toolchain.quantize.driver.request import QuantizeSettings
 from toolchain.values import Sample
 
 GRAPHS = ("vision", "embed", "decoder")
@@ -28,7 +30,7 @@ def against(name: str, graphs, calls):
 
 def made_line(model: Path, samples: list[Sample], root: Path, **quantizing) -> SimpleNamespace:
     """A checkpoint quantized from two samples, exported, and rewritten both ways, in folders of `root`."""
-    quantize_checkpoint(model, samples[:2], root / "quantized", **quantizing)
+    quantize_checkpoint(model, samples[:2], root / "quantized", QuantizeSettings(**quantizing))
     quantized = load_quantized(root / "quantized")
     family = family_for(read_config(model))
     for name in ("reference", "device", "portable"):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from toolchain import __version__
-from toolchain.device.remote import RemoteOptions, run_remote
+from toolchain.device.remote.options import RemoteOptions
+from toolchain.device.remote.verbs import run_remote
 
 needs_rsync = pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
 

@@ -21,7 +21,7 @@ class Status(IntEnum):
 
 
 class SimulatedCuda:
-    """The functions of cuda.bindings.runtime that toolchain.device.cuda calls. `calls` has their names in order."""
+    """The functions of cuda.bindings.runtime that `device.runtime.cuda` calls. `calls` has their names in order."""
 
     cudaError_t = Status
 

@@ -12,8 +12,8 @@ from onnx.reference import ReferenceEvaluator
 from simulated_cuda import SimulatedCuda
 from simulated_tensorrt import SimulatedGraph
 
-from toolchain.device.loaded_engines import LoadedEngine
-from toolchain.graph.plugin_op import PLUGIN_OPS
+from toolchain.device.runtime.loaded_engines import LoadedEngine
+from toolchain.graph.op.plugin_op import PLUGIN_OPS
 
 
 def graphs_of_folder(folder: Path, functions: Mapping, profiles: Mapping) -> dict[str, SimulatedGraph]:

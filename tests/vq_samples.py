@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from toolchain.checkpoint.modules import VQConv, VQEmbedding, VQLinear, VQModule
 from toolchain.models.family import GraphSpec
-from toolchain.modules import VQConv, VQEmbedding, VQLinear, VQModule
 from toolchain.values import VQCode
 from toolchain.vq import format as vq_format
 

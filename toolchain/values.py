@@ -6,13 +6,10 @@ Shapes are (rows, columns) = (outputs, inputs) of a weight matrix throughout.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from toolchain.errors import UnsupportedError
 
@@ -166,6 +163,14 @@ class LayerSpec:
     tied_to: str | None = None
 
 
+def groups_of(specs: Iterable[LayerSpec]) -> dict[str, list[LayerSpec]]:
+    """Group → members, in order."""
+    groups: dict[str, list[LayerSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.group, []).append(spec)
+    return groups
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """The format one layer gets. `table` is the id of its table, which other layers may share; `code` is "V,k,L".
@@ -283,17 +288,33 @@ class Sample:
     answer: str | None = None
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+class Progress(Protocol):
+    """Told how work comes on: stages, steps that are alike, layers, which are not, and what a user should know."""
+
+    def stage(self, title: str) -> None: ...
+    def step(self, done: int, total: int, what: str = "") -> None: ...
+    def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None: ...
+    def note(self, text: str) -> None: ...
+    def done(self, summary: str) -> None: ...
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON; a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+class Silent:
+    """A progress that says nothing; to be overridden by one that listens to a part of it."""
+
+    def stage(self, title: str) -> None:
+        """Nothing."""
+
+    def step(self, done: int, total: int, what: str = "") -> None:
+        """Nothing."""
+
+    def layer(self, done: int, total: int, name: str, seconds_left: float | None) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def done(self, summary: str) -> None:
+        """Nothing."""
+
+
+SILENT: Progress = Silent()

@@ -1,5 +1,5 @@
-// Generated from toolchain/graph/vq_op.py by
-//     python -m toolchain.graph.vq_op > plugins/vq_linear/contract.h
+// Generated from toolchain/graph/op/vq_op.py by
+//     python -m toolchain.graph.op.vq_op > plugins/vq_linear/contract.h
 // Do not edit: a test compares this file with what its generator writes.
 #pragma once
 

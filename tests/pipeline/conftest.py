@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 from recorded_lines import made_line, prompts_of
 
-from toolchain.calibration import read_manifest
+from toolchain.calibration.manifest import read_manifest
+from toolchain.checkpoint.modules import keep_decoded
 from toolchain.cli import main
-from toolchain.graph.reference import record_calls
+from toolchain.device.engines.recorded_calls import record_calls
 from toolchain.graph.validate import mixed_batches
 from toolchain.models.runner import torch_graphs
-from toolchain.modules import keep_decoded
 
 DEMO = Path(__file__).parents[2] / "toolchain" / "demo"
 LINES = 12  # of calibration: round-to-nearest only looks at them to have been given some

@@ -11,11 +11,11 @@ import re
 
 import pytest
 
-from toolchain.bundle import open_bundle
+from toolchain.bundle.manifest import open_bundle
 from toolchain.cli import main
-from toolchain.device.limits import limits_from_bundle
-from toolchain.device.selftest import FILE, read_cases
-from toolchain.target import load_target
+from toolchain.device.generation.limits import limits_from_bundle
+from toolchain.device.runtime.selftest import FILE, read_cases
+from toolchain.plan.target import load_target
 
 
 def test_the_bundle_has_what_its_page_says(demo_bundle):

@@ -11,10 +11,12 @@ import pytest
 from recorded_lines import GRAPHS, against, prompts_of
 from rtx_engines import rtx_engine
 
-from toolchain.device.answer import CachePlan, greedy
-from toolchain.device.ort import ort_graphs
-from toolchain.graph import pipeline
-from toolchain.graph.pipeline import (
+from toolchain.device.engines.recorded_calls import record_calls
+from toolchain.device.generation.answer import CachePlan, greedy
+from toolchain.device.generation.ort_graphs import ort_graphs
+from toolchain.graph import rewrite as pipeline
+from toolchain.graph.op.plugin_op import device_graphs
+from toolchain.graph.rewrite import (
     RewriteOptions,
     compute_passes,
     device_form,
@@ -23,10 +25,8 @@ from toolchain.graph.pipeline import (
     reference_paths,
     save_graph,
 )
-from toolchain.graph.plugin_op import device_graphs
-from toolchain.graph.reference import record_calls
 from toolchain.graph.validate import mixed_batches
-from toolchain.models.family import read_config
+from toolchain.models.configs import read_config
 
 
 def free_sizes(path: Path) -> dict[str, list]:

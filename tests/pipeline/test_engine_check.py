@@ -7,12 +7,12 @@ import pytest
 from simulated_cuda import SimulatedCuda
 from simulated_engines import device_functions, graphs_of_folder, loaded_engines
 
-from toolchain.bundle import write_bundle
-from toolchain.device import engine_check
-from toolchain.device.cuda import Cuda
+from toolchain.bundle.manifest import write_bundle
+from toolchain.device.engines import engine_check
+from toolchain.device.runtime.cuda import Cuda
 from toolchain.errors import InputDataError, NumericGateError
 from toolchain.graph.validate import validate_line
-from toolchain.models.family import read_config
+from toolchain.models.configs import read_config
 
 
 @pytest.fixture(scope="module")

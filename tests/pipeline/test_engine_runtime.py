@@ -12,19 +12,19 @@ from simulated_cuda import SimulatedCuda
 from simulated_engines import device_functions, graphs_of_folder, loaded_engines
 from simulated_tensorrt import Context, Engine
 
-from toolchain.bundle import write_bundle
-from toolchain.device.chat import Conversation
-from toolchain.device.cuda import Cuda
-from toolchain.device.engine import BuildOptions, build_engines
+from toolchain.bundle.manifest import write_bundle
+from toolchain.device.engines.build import BuildOptions, build_engines
 from toolchain.device.families import HOSTS
-from toolchain.device.generate import GraphRunner
-from toolchain.device.limits import Limits
-from toolchain.device.ort import ort_graphs
-from toolchain.device.runtime import EngineRunner, open_runner
-from toolchain.device.sampling import Sampler, SamplingPlan
+from toolchain.device.generation.chat import Conversation
+from toolchain.device.generation.engine_graphs import EngineRunner, open_runner
+from toolchain.device.generation.generate import GraphRunner
+from toolchain.device.generation.limits import Limits
+from toolchain.device.generation.ort_graphs import ort_graphs
+from toolchain.device.generation.sampling import Sampler, SamplingPlan
+from toolchain.device.runtime.cuda import Cuda
 from toolchain.errors import BudgetError, InputDataError, UnsupportedError
-from toolchain.graph.plugin_op import SIDECAR, device_graphs
-from toolchain.models.family import chat_template, read_config
+from toolchain.graph.op.plugin_op import SIDECAR, device_graphs
+from toolchain.models.configs import chat_template, read_config
 
 BUCKETS, CHUNK = [32, 64, 160], 24
 LIMITS = Limits(160, None, "a test")

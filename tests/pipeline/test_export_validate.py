@@ -13,16 +13,16 @@ import torch
 from onnx import numpy_helper
 from recorded_lines import GRAPHS, against, prompts_of, validate
 
-from toolchain.checkpoint import load_model
-from toolchain.device.answer import greedy
-from toolchain.device.ort import ort_graphs
+from toolchain.checkpoint.loading import load_model
+from toolchain.checkpoint.modules import keep_decoded, vq_modules
+from toolchain.device.engines.recorded_calls import load_reference, record_calls
+from toolchain.device.generation.answer import greedy
+from toolchain.device.generation.ort_graphs import ort_graphs
 from toolchain.errors import EnvironmentMismatch, NumericGateError
 from toolchain.graph.export import reference_graphs_from_model
-from toolchain.graph.plugin_op import device_graphs
-from toolchain.graph.reference import load_reference, record_calls
+from toolchain.graph.op.plugin_op import device_graphs
 from toolchain.graph.validate import mixed_batches
 from toolchain.models.runner import torch_graphs
-from toolchain.modules import keep_decoded, vq_modules
 
 
 def test_every_form_agrees_at_every_tap(line, tmp_path):

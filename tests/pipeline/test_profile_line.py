@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from toolchain.bench.profile_onnx import named_calls
+from toolchain.bench.profile_torch import TorchBackend
+from toolchain.checkpoint.modules import vq_modules
 from toolchain.device.families.base import open_image
-from toolchain.device.profile import Question, Settings, measure
-from toolchain.device.profile_ort import OrtBackend
-from toolchain.modules import vq_modules
-from toolchain.profile_onnx import named_calls
-from toolchain.profile_torch import TorchBackend
+from toolchain.device.profile.measure import Question, Settings, measure
+from toolchain.device.profile.ort import OrtBackend
 
 SETTINGS = Settings(2, 1, 3)
 

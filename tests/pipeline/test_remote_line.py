@@ -19,9 +19,9 @@ import pytest
 from remote_boards import make_environment, needs_rsync, place_package, until
 from ssh_server import Link, loopback_server, relayed
 
-from toolchain.bundle import open_bundle
-from toolchain.device.remote_store import read_tree
-from toolchain.values import sha256_file
+from toolchain.bundle.manifest import open_bundle
+from toolchain.device.remote.store import read_tree
+from toolchain.files.folders import sha256_file
 
 MIB = 1 << 20
 pytestmark = [needs_rsync, pytest.mark.slow]

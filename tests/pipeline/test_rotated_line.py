@@ -9,25 +9,22 @@ from recorded_lines import made_line, validate
 from rtx_engines import rtx_engine
 from transformers import AutoModelForImageTextToText
 
-from toolchain.calibration import read_manifest
-from toolchain.folders import read_json
-from toolchain.models.family import read_config
+from toolchain.calibration.manifest import read_manifest
+from toolchain.files.folders import read_json
+from toolchain.models.configs import read_config
 from toolchain.values import BitPlan
 from toolchain.vq.rotation import BLOCKS
 from toolchain.vq.weights import Options
 
-FAST = Options(rounds=1, lloyd_rounds=2, samples=1_000)
+ALWAYS = Options(rounds=1, lloyd_rounds=2, samples=1_000, rotation_gain=100.0)
 SQUARES = {(block, block) for block in BLOCKS}
 
 
 @pytest.fixture(scope="module")
 def rotated(tiny_qwen2_vl, tiny_manifest, tmp_path_factory):
     """A line in which every group of linears has its inputs rotated. Read only."""
-    patch, root = pytest.MonkeyPatch(), tmp_path_factory.mktemp("rotated")
-    patch.setattr("toolchain.mgvq.rotation_choice.LEAST_GAIN", 100.0)
-    line = made_line(tiny_qwen2_vl, read_manifest(tiny_manifest), root, method="mgvq-drift+rotate", options=FAST)
-    patch.undo()
-    return line
+    root = tmp_path_factory.mktemp("rotated")
+    return made_line(tiny_qwen2_vl, read_manifest(tiny_manifest), root, method="mgvq-drift+rotate", options=ALWAYS)
 
 
 def rotations(path) -> list[str]:
@@ -44,7 +41,7 @@ def test_every_form_agrees(rotated, tmp_path):
 
 
 def test_transformers_loads_it(rotated):
-    import toolchain.hf  # noqa: F401  (registers the format)
+    import toolchain.checkpoint.hf  # noqa: F401  (registers the format)
 
     loaded = AutoModelForImageTextToText.from_pretrained(rotated.root / "quantized", dtype=torch.float32).eval()
     ids = torch.arange(10, 20)[None]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toolchain.bench.shapes import PUBLISHED, VOCABULARIES, decoder_shape
-from toolchain.models.family import head_dim
-from toolchain.modules import VQLinear
+from toolchain.checkpoint.modules import VQLinear
+from toolchain.models.configs import head_dim
 from toolchain.values import VQCode
 
 WEIGHT_SIZE = 0.02  # standard deviation of a trained decoder's linears

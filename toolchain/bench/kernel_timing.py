@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from toolchain.bench.machine import checked_device
-from toolchain.kernels import ops
+from toolchain.native import ops
 
 LOAD_SECONDS = 0.05  # of launches before the clock is read: clocks follow the load within milliseconds
 SPIN_CYCLES = 2_000_000  # about a millisecond, in which an event's error of some microseconds is less than a percent

@@ -21,13 +21,12 @@ from toolchain.bench.kernel_gates import gates
 from toolchain.bench.kernel_timing import Timing, TorchTiming, driver_says, interleaved
 from toolchain.bench.machine import machine_facts
 from toolchain.bench.shapes import decoder_shape, matrix_shapes
+from toolchain.checkpoint.modules import decode_weight
 from toolchain.errors import NumericGateError, UsageError
-from toolchain.kernels import ops, order
-from toolchain.kernels.library import DEFAULT_TACTIC
-from toolchain.modules import decode_weight
-from toolchain.values import ROW_GROUP, VQCode
+from toolchain.native import ops, order
+from toolchain.native.library import DEFAULT_TACTIC
+from toolchain.values import ROW_GROUP, SILENT, Progress, VQCode
 
-Watch = Callable[[int, int, str], None]
 Keep = Callable[[dict[str, Any]], None]
 TOKENS = (1, 2, 4, 8, 16, 128, 512, 2048)
 DECODER_GROUPS = ("qkv", "o", "gate_up", "down", "head")
@@ -85,7 +84,7 @@ def check_request(request: KernelRequest) -> list[tuple[str, str, tuple[int, int
 
 
 def bench_kernels(
-    request: KernelRequest, watch: Watch | None = None, timing: Timing | None = None, keep: Keep | None = None
+    request: KernelRequest, progress: Progress = SILENT, timing: Timing | None = None, keep: Keep | None = None
 ) -> dict[str, Any]:
     """What was measured on this machine's first CUDA device, JSON-clean:
 
@@ -125,8 +124,7 @@ def bench_kernels(
         roof = measured_roof(timing, request.rounds)
         result["roof"] = asdict(roof)
         for number, ((name, group, shape), code, tokens) in enumerate(jobs):
-            if watch:
-                watch(number, len(jobs), f"{name} {group} {code} M={tokens}")
+            progress.step(number, len(jobs), f"{name} {group} {code} M={tokens}")
             case = Case(shape, code, tokens, request.seed, timing.device)
             for kind, found in timed_rows(case, f"{name} {group}", roof, timing, request.rounds):
                 add(kind, found)

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from toolchain.baselines import gptq
 from toolchain.bench.machine import timed
 from toolchain.bench.shapes import GroupShape
+from toolchain.quantize.baselines import gptq
 from toolchain.values import VQCode
 from toolchain.vq.descent import descend
 from toolchain.vq.drift import Pair, PairMoments, gated_shift

@@ -6,7 +6,7 @@ was measured whole is multiplied by the decoder's blocks, and nothing else is ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +14,8 @@ from toolchain.bench.machine import checked_device, forget_peak, machine_facts, 
 from toolchain.bench.parts import OURS, PART_OF_SWEEP, PARTS, PEER, Clock, Timing, time_group
 from toolchain.bench.shapes import DecoderShape, GroupShape, chosen_groups, decoder_shape
 from toolchain.errors import UsageError
-from toolchain.values import VQCode
+from toolchain.values import SILENT, Progress, VQCode
 from toolchain.vq.weights import Options
-
-Watch = Callable[[int, int, str], None]
 
 EXCLUDED = (
     "the model's own forward passes, backward passes for output curvature, the dry runs that choose codes, "
@@ -62,7 +60,7 @@ class Measured:
         return self.quantized == self.group
 
 
-def bench_quantize(request: Request, watch: Watch | None = None) -> dict[str, Any]:
+def bench_quantize(request: Request, progress: Progress = SILENT) -> dict[str, Any]:
     """Seconds a group, a block and a decoder, and what they were measured on, JSON-clean:
 
         request     the Request, as asked
@@ -98,8 +96,7 @@ def bench_quantize(request: Request, watch: Watch | None = None) -> dict[str, An
         forget_peak(device)
         timings = []
         for layer in range(request.layers):
-            if watch:
-                watch(number * request.layers + layer, len(groups) * request.layers, f"{group.name} {layer}")
+            progress.step(number * request.layers + layer, len(groups) * request.layers, f"{group.name} {layer}")
             clock = Clock(device, request.parts)
             time_group(part, request.tokens, codes, request.peers, clock, request.seed + layer)
             timings.append(tuple(clock.timings))

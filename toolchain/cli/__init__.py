@@ -1,4 +1,7 @@
-"""The `mgvq` command: one verb per arrow. A verb parses, calls one function, and prints what it returned."""
+"""The `mgvq` command: one verb per arrow. A verb parses, calls one function, and prints what it returned.
+
+May import everything.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
-        from toolchain.cli.absent import absent_package
+        from toolchain.bundle.requirements import absent_package
 
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)

@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from toolchain.cli.app import app
-from toolchain.cli.common import Format, FormatOption, Progress, SeedOption, emit, size, table
+from toolchain.cli.common import Format, FormatOption, SeedOption, TerminalProgress, emit, size, table
 from toolchain.errors import UsageError
 
 bench = typer.Typer(help="Measure mgvq itself on this machine.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
 
 COLUMNS = ["group", "rows x columns", "method", "code", "part", "seconds", "CPU seconds", "all blocks"]
 MODELS = "qwen2-vl-2b, qwen2-vl-7b, llava-onevision-7b, internvl2-8b or demo"
@@ -49,8 +47,7 @@ def quantize(
     """Time quantization of a published decoder's layers, with random weights. No checkpoint is needed."""
     from toolchain.bench.parts import PARTS
     from toolchain.bench.quantize import Request, bench_quantize
-    from toolchain.folders import check_output, staged_folder
-    from toolchain.values import write_json
+    from toolchain.files.folders import check_output, staged_folder, write_json
 
     if output is not None:
         check_output(output)
@@ -67,9 +64,9 @@ def quantize(
         peers,
         seed,
     )
-    progress = Progress()
+    progress = TerminalProgress()
     progress.stage(f"quantizing layers of {shapes} on {device.value}")
-    result = bench_quantize(request, progress.step)
+    result = bench_quantize(request, progress)
     progress.done(result["measured"])
     if output is not None:
         with staged_folder(output) as folder:
@@ -102,8 +99,7 @@ def kernels(
     from toolchain.bench.kernel_gates import unmet
     from toolchain.bench.kernels import KernelRequest, bench_kernels
     from toolchain.errors import NumericGateError
-    from toolchain.folders import check_output, staged_folder
-    from toolchain.values import write_json
+    from toolchain.files.folders import check_output, staged_folder, write_json
 
     if output is not None:
         check_output(output)
@@ -117,10 +113,10 @@ def kernels(
         rounds,
         seed,
     )
-    progress = Progress()
+    progress = TerminalProgress()
     progress.stage("timing kernels")
     partial = None if output is None else output.with_name(output.name + ".partial")
-    result = bench_kernels(request, progress.step, keep=None if partial is None else appender(partial))
+    result = bench_kernels(request, progress, keep=None if partial is None else appender(partial))
     progress.done(f"{len(result['rows'])} products timed")
     if output is not None:
         with staged_folder(output) as folder:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolchain.cli.app import app
 from toolchain.cli.common import (
     EnginesOption,
     Format,
     FormatOption,
-    Progress,
     Provider,
     ProviderOption,
+    TerminalProgress,
     check_engine_flags,
     emit,
     size,
@@ -29,10 +28,11 @@ from toolchain.cli.common import (
 )
 from toolchain.cli.remote import HostOption, PythonOption, RemoteFlags, RemoteMgvqOption, SshConfigOption, run_there
 from toolchain.errors import EnvironmentMismatch, MgvqError, UsageError
+from toolchain.values import Progress
 
 if TYPE_CHECKING:
-    from toolchain.device.chat import Conversation, Reply
-    from toolchain.device.sampling import Sampler
+    from toolchain.device.generation.chat import Conversation, Reply
+    from toolchain.device.generation.sampling import Sampler
 
 
 class Answering(str, Enum):
@@ -60,7 +60,6 @@ SeedOption = Annotated[int, typer.Option(help="Equal seeds draw equal tokens.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 
 
-@app.command()
 def build(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for NAME.engine and build.json.")],
@@ -96,9 +95,9 @@ def build(
     form: FormatOption = Format.text,
 ) -> None:
     """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
-    from toolchain.bundle import open_bundle
-    from toolchain.device.engine import BuildOptions, build_engines, check_arguments
-    from toolchain.device.loaded_engines import read_build
+    from toolchain.bundle.manifest import open_bundle
+    from toolchain.device.engines.build import BuildOptions, build_engines, check_arguments
+    from toolchain.device.runtime.loaded_engines import read_build
 
     backend = builder.value
     if dense is not None and backend != "tensorrt_rtx":
@@ -117,13 +116,12 @@ def build(
         return
     remote.refuse_idle()
     opened = open_bundle(bundle)
-    progress = Progress()
+    progress = TerminalProgress()
     progress.stage(f"build      {bundle} with {backend}")
-    with _dense_twins(opened, _wants_twins(backend, dense, progress.stage)) as twins:
+    with _dense_twins(opened, _wants_twins(backend, dense, progress)) as twins:
         report = build_engines(
             opened, output, backend, BuildOptions(sm, plugin, level, ignore_memory, not no_check, twins),
-            progress=lambda graph, phase, done, total: progress.step(done, total, f"{graph}: {phase}"),
-            say=lambda what: progress.stage(f"  {what}"),
+            progress=progress,
         )  # fmt: skip
     next_ = f"mgvq run {bundle} --backend {backend} --engines {output} --prompt QUESTION --image PICTURE"
     _emit_build(report.to_json(), output, next_, form)
@@ -154,7 +152,7 @@ def _build_text(record: Mapping[str, Any]) -> str:
     return head + table(rows, ["graph", "engine", "dense", "ratio", "layers", "plugins", "seconds"]) + check + warnings
 
 
-def _wants_twins(backend: str, dense: bool | None, say: Callable[[str], None]) -> bool:
+def _wants_twins(backend: str, dense: bool | None, progress: Progress) -> bool:
     """Whether dense twins are built: they are made with onnx, which a board does without.
 
     Raises:
@@ -166,7 +164,9 @@ def _wants_twins(backend: str, dense: bool | None, say: Callable[[str], None]) -
         return True
     if dense:
         raise EnvironmentMismatch("--dense needs the Python module onnx, found none; pip install onnx, or leave it out")
-    say("  no dense twins to compare sizes with: they are made with the Python module onnx, which is not here")
+    progress.stage(
+        "  no dense twins to compare sizes with: they are made with the Python module onnx, which is not here"
+    )
     return False
 
 
@@ -185,7 +185,6 @@ def _dense_twins(opened, wanted: bool):
         yield {Path(name).stem: dense_graph(opened.path(name), Path(scratch) / Path(name).name) for name in names}
 
 
-@app.command()
 def run(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="The question.")],
@@ -214,7 +213,6 @@ def run(
     _say_if_cut(reply, max_new_tokens)
 
 
-@app.command()
 def chat(
     bundle: BundleArgument,
     image: ImageOption = None,
@@ -290,13 +288,13 @@ def _converse(conversation: Conversation, answer: Callable[[str, list], None], p
 
 def _conversation(bundle: Path, backend: Answering, engines: Path | None, provider: Provider) -> Conversation:
     """A conversation with a bundle on a backend; flags that have no effect there are refused."""
-    from toolchain.bundle import open_bundle
-    from toolchain.device.chat import Conversation
+    from toolchain.bundle.manifest import open_bundle
     from toolchain.device.families import host_from_folder
-    from toolchain.device.generate import GraphRunner, Runner
-    from toolchain.device.limits import limits_from_bundle
-    from toolchain.device.ort import ort_graphs
-    from toolchain.device.runtime import open_runner
+    from toolchain.device.generation.chat import Conversation
+    from toolchain.device.generation.engine_graphs import open_runner
+    from toolchain.device.generation.generate import GraphRunner, Runner
+    from toolchain.device.generation.limits import limits_from_bundle
+    from toolchain.device.generation.ort_graphs import ort_graphs
 
     check_engine_flags(backend.value, engines, provider)
     opened = open_bundle(bundle)
@@ -312,7 +310,7 @@ def _conversation(bundle: Path, backend: Answering, engines: Path | None, provid
 
 
 def _sampler(temperature: float, top_k: int, top_p: float, seed: int) -> Sampler:
-    from toolchain.device.sampling import Sampler, SamplingPlan
+    from toolchain.device.generation.sampling import Sampler, SamplingPlan
 
     return Sampler(SamplingPlan(temperature, top_k, top_p, seed))
 

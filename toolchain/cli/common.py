@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from toolchain.bit_allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS, LOWEST_PLAIN_BITS
-from toolchain.device.backends import BACKENDS
+from toolchain.bits.allocation import DEFAULT_BITS, HIGHEST_BITS, LOWEST_BITS, LOWEST_PLAIN_BITS
+from toolchain.device.runtime.backends import BACKENDS
 from toolchain.errors import UsageError
 
 
@@ -77,7 +77,7 @@ def emit(data: dict[str, Any], text: str, form: Format) -> None:
     print(json.dumps(data, indent=2, default=str) if form is Format.json else text)
 
 
-class Progress:
+class TerminalProgress:
     """Progress on stderr: a live line on a terminal, else a plain line when a stage starts and every 30 seconds."""
 
     def __init__(self) -> None:

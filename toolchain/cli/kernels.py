@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.app import app
-from toolchain.cli.common import Format, FormatOption, Progress, emit
+from toolchain.cli.common import Format, FormatOption, TerminalProgress, emit
 
 kernels = typer.Typer(help="The CUDA kernels' library.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(kernels, name="kernels")
 
 ARCHITECTURES_HELP = (
     "Compute capabilities with commas between, such as 87,90a; those of this machine's GPUs when absent."
@@ -27,12 +25,12 @@ def build(
     form: FormatOption = Format.text,
 ) -> None:
     """Compile libmgvq_kernels.so here. Needs nvcc of CUDA 12.6 or newer, cmake and a C++ compiler; no GPU."""
-    from toolchain.kernels.build import build_library
-    from toolchain.kernels.library import FILE_VARIABLE
+    from toolchain.native.build import build_library
+    from toolchain.native.library import FILE_VARIABLE
 
-    progress = Progress()
+    progress = TerminalProgress()
     wanted = tuple(name.strip() for name in (architectures or "").split(",") if name.strip())
-    library = build_library(output, wanted, progress.stage)
+    library = build_library(output, wanted, progress)
     result = {"library": str(library.path), "architectures": list(library.architectures)}
     text = f"{library.path}, for {' '.join(library.architectures)}"
     if output is not None:

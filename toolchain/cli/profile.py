@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolchain.cli.app import app
 from toolchain.cli.common import (
     EnginesOption,
     Format,
     FormatOption,
     OutputOption,
-    Progress,
     Provider,
     ProviderOption,
+    TerminalProgress,
     check_engine_flags,
     emit,
 )
@@ -26,8 +25,8 @@ from toolchain.errors import EnvironmentMismatch, InputDataError
 
 if TYPE_CHECKING:
     from toolchain.device.families.base import Host
-    from toolchain.device.profile import ProfileBackend, Question, Settings
-    from toolchain.device.profile_result import Prediction, Source
+    from toolchain.device.profile.measure import ProfileBackend, Question, Settings
+    from toolchain.device.profile.result import Prediction, Source
 
 
 class ProfileBackendName(str, Enum):
@@ -40,7 +39,6 @@ class ProfileBackendName(str, Enum):
 DEFAULT_PROMPT = "Describe the picture."
 
 
-@app.command()
 def profile(
     source: Annotated[Path, typer.Argument(help="A bundle; with --backend torch a checkpoint folder.")],
     output: OutputOption,
@@ -61,8 +59,8 @@ def profile(
     form: FormatOption = Format.text,
 ) -> None:
     """Measure each phase of an answer, and where in the model its time goes: profile.json and profile.html."""
-    from toolchain.device.profile import Settings
-    from toolchain.folders import check_output, read_json
+    from toolchain.device.profile.measure import Settings
+    from toolchain.files.folders import check_output, read_json
 
     settings = Settings(repeats, warmup, tokens)
     remote = RemoteFlags(python, remote_mgvq, ssh_config)
@@ -77,7 +75,7 @@ def profile(
         data = read_json(output / "profile.json")
     else:
         data = _profile_here(_opened(source, backend, engines, provider, image, prompt, tokens), settings, output)
-    from toolchain.device.profile_result import profile_text
+    from toolchain.device.profile.result import profile_text
 
     emit(data, f"{profile_text(data)}\n{output / 'profile.html'}" if form is Format.text else "", form)
 
@@ -104,8 +102,8 @@ def _opened(
 ) -> Opened:
     """What the flags name; what is not there is refused before anything runs."""
     from toolchain.device.families.base import open_image
-    from toolchain.device.profile import Question
-    from toolchain.device.profile_source import check_question, noise_picture, prediction_for, source_of
+    from toolchain.device.profile.measure import Question
+    from toolchain.device.profile.source import check_question, noise_picture, prediction_for, source_of
 
     if not source.is_dir():
         raise InputDataError(f"{source} does not exist or is no folder; expected a bundle, or a checkpoint for torch")
@@ -114,7 +112,7 @@ def _opened(
         model = _torch(source, provider)
         asked = Question(prompt, picture or noise_picture(model.host.settings, None))
         return Opened(model, model.host, asked, source_of(source, None))
-    from toolchain.bundle import open_bundle
+    from toolchain.bundle.manifest import open_bundle
     from toolchain.device.families import host_from_folder
 
     bundle = open_bundle(source)
@@ -124,7 +122,7 @@ def _opened(
     if backend is ProfileBackendName.ort:
         opened: Any = _onnxruntime(bundle.folder / "portable", host, provider)
     else:
-        from toolchain.device.profile_tensorrt import EngineBackend
+        from toolchain.device.profile.tensorrt import EngineBackend
 
         opened = EngineBackend(bundle, engines or source, backend.value, host)
     prediction = prediction_for(bundle, host, asked, backend.value, tokens)
@@ -133,19 +131,19 @@ def _opened(
 
 def _onnxruntime(folder: Path, host: Any, provider: Provider) -> Any:
     try:
-        from toolchain.profile_onnx import named_calls
+        from toolchain.bench.profile_onnx import named_calls
     except ModuleNotFoundError as error:
         raise EnvironmentMismatch(
             f"--backend ort tells layers apart with the Python module {error.name}, found none; pip install onnx"
         ) from None
-    from toolchain.device.profile_ort import OrtBackend
+    from toolchain.device.profile.ort import OrtBackend
 
     return OrtBackend(folder, host, provider.value, named_calls)
 
 
 def _torch(folder: Path, provider: Provider) -> Any:
     try:
-        from toolchain.profile_torch import TorchBackend
+        from toolchain.bench.profile_torch import TorchBackend
     except ModuleNotFoundError as error:
         raise EnvironmentMismatch(
             f"--backend torch needs the Python module {error.name}, found none; run it on the workstation"
@@ -155,17 +153,16 @@ def _torch(folder: Path, provider: Provider) -> Any:
 
 def _profile_here(opened: Opened, settings: Settings, output: Path) -> dict[str, Any]:
     """Measure with the machine watched, and write the folder."""
-    from toolchain.device.profile import measure
-    from toolchain.device.profile_result import profile_json
-    from toolchain.device.telemetry_sampler import Sampler
-    from toolchain.folders import staged_folder
+    from toolchain.device.profile.measure import measure
+    from toolchain.device.profile.result import profile_json
+    from toolchain.device.profile.telemetry_sampler import Sampler
+    from toolchain.files.folders import staged_folder, write_json
     from toolchain.report.profile import write_profile
-    from toolchain.values import write_json
 
-    backend, prediction, progress = opened.backend, opened.prediction, Progress()
+    backend, prediction, progress = opened.backend, opened.prediction, TerminalProgress()
     progress.stage(f"profile    {opened.source.name} with {backend.name}")
     with Sampler(uses_gpu=backend.uses_gpu) as sampler:
-        measured = measure(backend, opened.host, opened.question, settings, progress.step)
+        measured = measure(backend, opened.host, opened.question, settings, progress)
     seen = sampler.telemetry()
     same = prediction is not None and prediction.same_device
     wanted = prediction.plan.power_mode if prediction is not None and same else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolchain.cli.common import Progress
+from toolchain.cli.common import TerminalProgress
 from toolchain.errors import UsageError
 
 HostOption = Annotated[
@@ -68,13 +68,14 @@ def run_there(
     Raises:
         typer.Exit: with the verb's exit code there, if it is not 0.
     """
-    from toolchain.device.remote import RemoteOptions, run_remote
+    from toolchain.device.remote.options import RemoteOptions
+    from toolchain.device.remote.verbs import run_remote
 
     options = RemoteOptions(
         python=remote.python or "python3",
         mgvq=remote.remote_mgvq,
         ssh_config=remote.ssh_config,
-        progress=Progress().stage,
+        progress=TerminalProgress(),
     )
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
     arguments = [text for name, value in given.items() for text in ([name] if value is True else [name, str(value)])]

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from toolchain.cli.app import app
 from toolchain.cli.common import (
     AnswerTokensOption,
     BitsOption,
@@ -18,10 +17,10 @@ from toolchain.cli.common import (
     FormatOption,
     ModelOption,
     OutputOption,
-    Progress,
     Provider,
     ProviderOption,
     SeedOption,
+    TerminalProgress,
     bits_or_budget,
     emit,
     size,
@@ -40,7 +39,6 @@ def parse_codes(assignments: list[str]) -> list[tuple[str, str]]:
     return [(pattern, code) for pattern, _, code in pairs]
 
 
-@app.command()
 def quantize(
     model: ModelOption,
     calib: CalibOption,
@@ -59,34 +57,27 @@ def quantize(
     ] = "auto",
     form: FormatOption = Format.text,
 ) -> None:
-    """Quantize a checkpoint into a folder that from_pretrained loads after `import toolchain.hf`."""
-    from toolchain.calibration import read_manifest
-    from toolchain.folders import check_output
-    from toolchain.inspection import quantize_summary
-    from toolchain.models.family import family_for, read_config
-    from toolchain.pace import layer_progress
-    from toolchain.quantize import quantize_checkpoint
+    """Quantize a checkpoint into a folder that from_pretrained loads after `import toolchain.checkpoint.hf`."""
+    from toolchain.calibration.manifest import read_manifest
+    from toolchain.files.folders import check_output
+    from toolchain.models.configs import read_config
+    from toolchain.models.registry import family_for
+    from toolchain.quantize.checkpoint import quantize_checkpoint
+    from toolchain.quantize.driver.request import QuantizeSettings
+    from toolchain.run.inspection import quantize_summary
 
     overrides = parse_codes(code or [])
     check_output(output)
-    config = read_config(model)
-    family = family_for(config)
-    size_asked = _size_asked(model, bits, budget, overrides, method)
-    progress = Progress()
+    family_for(read_config(model))
+    limits = _limits(model, bits, budget, overrides, method)
+    progress = TerminalProgress()
     progress.stage(f"quantize   {model}")
     result = quantize_checkpoint(
         model,
         read_manifest(calib),
         output,
-        method=method,
-        **size_asked,
-        overrides=overrides,
-        seed=seed,
-        progress=layer_progress(progress, family.layers(config)),
-        watch=lambda what, done, total: progress.step(done, total, what),
-        note=progress.note,
-        resume=resume,
-        answer_tokens=answer_tokens,
+        QuantizeSettings(method, *limits, tuple(overrides), seed, resume=resume, answer_tokens=answer_tokens),
+        progress,
     )
     summary = quantize_summary(result)
     rows = [
@@ -99,28 +90,29 @@ def quantize(
     )
 
 
-def _size_asked(
-    model: Path, bits: float | None, budget: str | None, overrides: list[tuple[str, str]], method: str
-) -> dict[str, Any]:
-    """What `quantize_checkpoint` is to keep to, bits or budget_bytes; a budget that cannot be kept is refused now."""
-    from toolchain.planning import over_budget, overlapping_codes, plan_formats, table_choice
+def _limits(
+    model: Path, bits: float | None, budget: str | None, overrides: list[tuple[str, str]], name: str
+) -> tuple[float | None, int | None]:
+    """(bits, budget_bytes) that `quantize_checkpoint` is to keep to; a budget that cannot be kept is refused now."""
+    from toolchain.quantize.methods import stored_method
+    from toolchain.run.planning import over_budget, plan_formats
 
     average, budget_bytes = bits_or_budget(bits, budget)
+    method = stored_method(name)
     if budget_bytes is not None:
-        recipe = overlapping_codes(method), table_choice(method)
-        formats = plan_formats(model, average, budget_bytes, tuple(overrides), *recipe)
+        formats = plan_formats(model, average, budget_bytes, tuple(overrides), method.overlaps, method.tables)
         if problem := over_budget(formats, budget_bytes):
             raise BudgetError(f"{model}: {problem}")
-    return {"bits": average} if average is not None else {"bits": None, "budget_bytes": budget_bytes}
+    return (average, None) if average is not None else (None, budget_bytes)
 
 
-@app.command()
 def export(model: ModelOption, output: OutputOption, form: FormatOption = Format.text) -> None:
     """Export a checkpoint, quantized or not, to vision, embed and decoder reference graphs."""
-    from toolchain.checkpoint import load_any
-    from toolchain.folders import staged_folder
+    from toolchain.checkpoint.loading import load_any
+    from toolchain.files.folders import staged_folder
     from toolchain.graph.export import reference_graphs_from_model
-    from toolchain.models.family import family_for, read_config
+    from toolchain.models.configs import read_config
+    from toolchain.models.registry import family_for
 
     family = family_for(read_config(model))
     with staged_folder(output) as folder:
@@ -135,7 +127,6 @@ INT8_HELP = (
 )
 
 
-@app.command()
 def rewrite(
     output: OutputOption,
     graphs: Annotated[
@@ -164,7 +155,7 @@ def rewrite(
     form: FormatOption = Format.text,
 ) -> None:
     """Rewrite graphs to the device form (plugin nodes, weights outside) and the portable form."""
-    from toolchain.folders import check_output, staged_folder
+    from toolchain.files.folders import check_output, staged_folder
 
     if (graphs is None) == (onnx is None):
         raise UsageError("give a folder of reference graphs, or --onnx FILE, one of the two")
@@ -187,9 +178,11 @@ def _refuse_idle(needed: str, given: object, flags: dict[str, Any]) -> None:
 
 
 def _rewrite_options(model: Path | None, target: str | None, precision: str, int8_activations: bool):
-    from toolchain.graph.pipeline import RewriteOptions
-    from toolchain.models.family import family_for, limited_settings, read_config
-    from toolchain.target import load_target
+    from toolchain.graph.rewrite import RewriteOptions
+    from toolchain.models.configs import read_config
+    from toolchain.models.family import limited_settings
+    from toolchain.models.registry import family_for
+    from toolchain.plan.target import load_target
 
     board = None if target is None else load_target(target)
     block = None if board is None else board.largest_block_default_bytes
@@ -206,8 +199,8 @@ def _rewrite_options(model: Path | None, target: str | None, precision: str, int
 
 
 def _quantize_foreign(source: Path, folder: Path, inputs: list[Path], codes: list[str], seed: int) -> dict[str, Any]:
-    from toolchain.graph.foreign import quantized_foreign
-    from toolchain.values import write_json
+    from toolchain.files.folders import write_json
+    from toolchain.graph.third_party import quantized_foreign
 
     (folder / "reference").mkdir()
     report = quantized_foreign(source, folder / "reference" / source.name, inputs, parse_codes(codes), seed).to_json()
@@ -216,7 +209,7 @@ def _quantize_foreign(source: Path, folder: Path, inputs: list[Path], codes: lis
 
 
 def _rewrite_into(graphs: Path, folder: Path, options: Any) -> dict[str, Any]:
-    from toolchain.graph.pipeline import device_form, portable_form, reference_paths
+    from toolchain.graph.rewrite import device_form, portable_form, reference_paths
 
     reference_paths(graphs)
     for name in ("device", "portable"):
@@ -242,7 +235,6 @@ def _rewrite_text(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@app.command()
 def validate(
     model: ModelOption,
     quantized: Annotated[Path, typer.Option(help="The quantized checkpoint.")],
@@ -256,10 +248,11 @@ def validate(
     form: FormatOption = Format.text,
 ) -> None:
     """Compare torch, reference graphs and device graphs at every tap. Exit 4 names the first that is off."""
-    from toolchain.calibration import read_manifest
-    from toolchain.folders import staged_folder
+    from toolchain.calibration.manifest import read_manifest
+    from toolchain.files.folders import staged_folder
     from toolchain.graph.validate import validate_line
-    from toolchain.models.family import family_for, read_config
+    from toolchain.models.configs import read_config
+    from toolchain.models.registry import family_for
 
     family = family_for(read_config(model))
     chosen = read_manifest(calib)[:samples]

@@ -1,4 +1,7 @@
-"""The built-in VLM: task, training script, trained weights and held-out pictures. No network is needed to use it."""
+"""The built-in VLM: task, training script, trained weights and held-out pictures. No network is needed to use it.
+
+May import `bench` and what stands above it.
+"""
 
 from __future__ import annotations
 

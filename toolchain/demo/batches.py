@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from toolchain.demo import architecture, task
-from toolchain.device.images import ImagePlan, patches_from_image
+from toolchain.device.families.images import patches_from_image
+from toolchain.plan.images import ImagePlan
 
 # Batch lengths are rounded up to this, so that few matrix shapes occur and the CPU's kernels are compiled once.
 LENGTH_STEP = 16

@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toolchain.demo import architecture, task
 from toolchain.demo.batches import Batch, make_batch
-from toolchain.device.images import ImagePlan, grid_position_ids
+from toolchain.device.families.images import grid_position_ids
+from toolchain.plan.images import ImagePlan
 
 PLACE_LAYER = 1  # decoder layer after which image tokens must know where they stand and what they show
 LOOK_LAYER = 2  # decoder layer whose first head must look from a name to what it names

@@ -1,1 +1,4 @@
-"""ONNX graphs: the op's one contract, export, the rewrite passes and the comparison at named taps."""
+"""ONNX graphs: export, rewrite by passes, third-party files, and validation at named taps.
+
+Folders, each above the next: op, passes. May import `evaluate` and what stands above it.
+"""

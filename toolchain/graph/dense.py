@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from toolchain.errors import InputDataError
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.vq.format import matrix_from_chunks, windows_from_symbols
 
 _TYPES = {"float16": (np.float16, TensorProto.FLOAT16), "float32": (np.float32, TensorProto.FLOAT)}

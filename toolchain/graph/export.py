@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 from toolchain.errors import MgvqError
-from toolchain.graph import torch_op, vq_op
-from toolchain.graph.bodies import function_bodies
-from toolchain.graph.twins import Twin, export_twins
+from toolchain.graph.export_modules import Twin, export_twins
+from toolchain.graph.op import torch_op, vq_op
+from toolchain.graph.op.bodies import function_bodies
 from toolchain.values import FORMAT_VERSION, VQCode
 
 if TYPE_CHECKING:

@@ -20,20 +20,22 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoint import load_quantized
-from toolchain.device.answer import CachePlan, greedy
+from toolchain.checkpoint.folder import open_checkpoint
+from toolchain.checkpoint.loading import load_quantized
+from toolchain.checkpoint.modules import keep_decoded
+from toolchain.checkpoint.permuted import load_dealt, read_orders
+from toolchain.device.engines.compare import Source, ValidationReport, answered, compare_calls, half_budgets
+from toolchain.device.engines.recorded_calls import Call, record_calls, store_reference
 from toolchain.device.families import Prepared
 from toolchain.device.families.base import open_image
-from toolchain.device.ort import ort_graphs
+from toolchain.device.generation.answer import CachePlan, greedy
+from toolchain.device.generation.ort_graphs import ort_graphs
 from toolchain.errors import NumericGateError
-from toolchain.graph.compare import Source, ValidationReport, answered, compare_calls, half_budgets
-from toolchain.graph.plugin_op import device_graphs
-from toolchain.graph.reference import Call, record_calls, store_reference
-from toolchain.mgvq.dealing import load_dealt, read_orders
-from toolchain.models.family import Family, Processor, read_config
+from toolchain.files.folders import write_json
+from toolchain.graph.op.plugin_op import device_graphs
+from toolchain.models.family import Family, Processor
 from toolchain.models.runner import torch_graphs
-from toolchain.modules import keep_decoded
-from toolchain.values import FORMAT_VERSION, Sample, write_json
+from toolchain.values import FORMAT_VERSION, Sample
 
 FLOAT, QUANTIZED, REFERENCE = "pytorch-fp", "pytorch-quantized", "onnx-reference"
 EXACT_DEVICE, DEVICE = "onnx-device-float32", "onnx-device"
@@ -144,7 +146,7 @@ def validate_line(
     with keep_decoded(loaded):
         calls = _recorded(host, torch_graphs(family, loaded), prompts, steps)
         expected = [_generate(loaded, processor, sample) for sample in samples]
-    full = load_dealt(model, family, read_config(model), read_orders(quantized))
+    full = load_dealt(open_checkpoint(model), family, read_orders(quantized))
     floating = answered(Source(FLOAT, torch_graphs(family, full)), calls)
     half = answered(Source(FLOAT, torch_graphs(family, full.half())), calls)
     exact = answered(Source(EXACT_DEVICE, device_graphs(device, "float32")), calls)

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.device.families import HOSTS, Host
 from toolchain.device.families.base import open_image
-from toolchain.errors import InputDataError, UnsupportedError
-from toolchain.folders import read_json
+from toolchain.errors import InputDataError
+from toolchain.models.configs import Config, chat_template, head_dim, read_config
 from toolchain.values import LayerSpec, Sample
 
 if TYPE_CHECKING:
     import torch
 
-    from toolchain.geometry import ModelGeometry
-    from toolchain.models.orders import FreeOrder
+    from toolchain.models.permutations import FreeOrder
+    from toolchain.plan.geometry import ModelGeometry
 
-Config = dict[str, Any]
 CONTEXT_LIMIT = 4096  # the longest context that engines are built for
 FIRST_BUCKET = 256
 PREFILL_CHUNK = 1024
@@ -140,47 +139,9 @@ class Family(ABC):
             raise InputDataError(f"{folder}: expected tokenizer.json; copy it from the published checkpoint")
         return HOSTS[self.name](self.host_settings(config, folder), tokenizer.read_bytes(), template)
 
-    def load_processor(self, folder: Path) -> Processor:
-        return Processor(self.load_host(read_config(folder), folder))
-
-
-def family_for(config: Config) -> Family:
-    """The family of a checkpoint's config.json.
-
-    Raises:
-        UnsupportedError: `model_type` belongs to no family known here.
-    """
-    from toolchain.models import FAMILIES
-
-    found = config.get("model_type")
-    for family in FAMILIES:
-        if found in family.model_types:
-            return family
-    known = sorted(t for f in FAMILIES for t in f.model_types)
-    raise UnsupportedError(f"config.json: model_type {found!r} is not supported; mgvq knows {known} (mgvq models)")
-
-
-def read_config(folder: Path) -> Config:
-    """config.json of a checkpoint folder.
-
-    Raises:
-        InputDataError: the folder or the file is missing, or it is not JSON.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise InputDataError(f"checkpoint {folder} does not exist; expected a folder with config.json and safetensors")
-    if not path.is_file():
-        raise InputDataError(f"checkpoint {folder} has no config.json; expected a transformers checkpoint folder")
-    return read_json(path)
-
-
-def image_settings(folder: Path) -> dict[str, Any]:
-    """The image processor's settings, from preprocessor_config.json or the image part of processor_config.json."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            data = read_json(folder / name)
-            return data.get("image_processor", data)
-    raise InputDataError(f"{folder}: expected preprocessor_config.json or processor_config.json; copy it from the hub")
+    def load_processor(self, folder: Path, config: Config | None = None) -> Processor:
+        """The workstation half for a checkpoint folder; `config` where it is read already."""
+        return Processor(self.load_host(read_config(folder) if config is None else config, folder))
 
 
 def decoder_lengths(context: int) -> dict[str, Any]:
@@ -208,37 +169,6 @@ def limited_settings(settings: dict[str, Any], max_pixels: int, context: int) ->
         image["max_pixels"] = max(image["min_pixels"], min(image["max_pixels"], max_pixels))
     decoder |= decoder_lengths(min(decoder["max_context"], context))
     return settings | {"image": image, "decoder": decoder}
-
-
-def chat_template(folder: Path) -> str:
-    """The chat template: chat_template.jinja, chat_template.json, or the one inside tokenizer_config.json."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = read_json(folder / name).get("chat_template")
-            if isinstance(template, str):
-                return template
-    raise InputDataError(f"{folder}: no chat template; expected chat_template.jinja or one in tokenizer_config.json")
-
-
-def stop_ids(config: Config, folder: Path) -> list[int]:
-    """Token ids that end an answer, from generation_config.json, else from config.json."""
-    path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    found = found if found is not None else text_config(config).get("eos_token_id")
-    if found is None:
-        raise InputDataError(f"{folder}: no eos_token_id in generation_config.json or config.json")
-    return [found] if isinstance(found, int) else list(found)
-
-
-def text_config(config: Config) -> Config:
-    """The decoder's part of a config: nested since transformers 5, flat in older published checkpoints."""
-    return config.get("text_config") or config
-
-
-def head_dim(text: Config) -> int:
-    return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
 
 
 def decoder_layers(text: Config, prefix: str, first_order: int, biases: bool) -> list[LayerSpec]:

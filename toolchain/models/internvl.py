@@ -8,15 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.device.images import CLIP_MEAN, CLIP_STD
 from toolchain.errors import UnsupportedError
+from toolchain.models import configs
 from toolchain.models import family as base
-from toolchain.models.orders import FreeOrder, Place, columns_of, decoder_orders, free_order, norm_of, rows_of
+from toolchain.models.permutations import FreeOrder, Place, columns_of, decoder_orders, free_order, norm_of, rows_of
 from toolchain.models.qwen2_vl import decoder_profiles, decoder_settings
+from toolchain.plan.images import CLIP_MEAN, CLIP_STD
 from toolchain.values import LayerSpec
 
 if TYPE_CHECKING:
-    from toolchain.geometry import ModelGeometry
+    from toolchain.plan.geometry import ModelGeometry
 
 TOWER = "model.vision_tower"
 PROJECTOR = "model.multi_modal_projector"
@@ -28,8 +29,8 @@ class InternVL(base.Family):
     name = "internvl"
     model_types = ("internvl",)
 
-    def layers(self, config: base.Config) -> tuple[LayerSpec, ...]:
-        text, vision = base.text_config(config), config["vision_config"]
+    def layers(self, config: configs.Config) -> tuple[LayerSpec, ...]:
+        text, vision = configs.text_config(config), config["vision_config"]
         biases = _decoder_biases(text)
         width, inner, depth = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
         embedding, head = base.embedding_and_head(
@@ -52,23 +53,23 @@ class InternVL(base.Family):
             specs.append(LayerSpec(full, "projector", "linear", hidden, columns, full, depth + 2, True))
         return (*specs, *base.decoder_layers(text, DECODER, depth + 3, biases), head)
 
-    def free_orders(self, config: base.Config) -> tuple[FreeOrder, ...]:
+    def free_orders(self, config: configs.Config) -> tuple[FreeOrder, ...]:
         specs = {spec.name: spec for spec in self.layers(config)}
         first, last = f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"
         hidden = free_order(PROJECTOR, specs[last].columns, [columns_of(last)], rows_of(specs[first]))
-        text, embedding = base.text_config(config), f"{DECODER}.embed_tokens"
+        text, embedding = configs.text_config(config), f"{DECODER}.embed_tokens"
         decoder = decoder_orders(text, specs, DECODER, embedding, "lm_head", feeder=last)
         return (*_tower_orders(config["vision_config"], specs), hidden, *decoder)
 
-    def geometry(self, config: base.Config) -> ModelGeometry:
-        from toolchain.geometry import internvl_geometry
+    def geometry(self, config: configs.Config) -> ModelGeometry:
+        from toolchain.plan.geometry import internvl_geometry
 
         return internvl_geometry(config)
 
-    def host_settings(self, config: base.Config, folder: Path) -> dict[str, Any]:
-        image, text = base.image_settings(folder), base.text_config(config)
+    def host_settings(self, config: configs.Config, folder: Path) -> dict[str, Any]:
+        image, text = configs.image_settings(folder), configs.text_config(config)
         crop = image.get("crop_to_patches", False)
-        stops = base.stop_ids(config, folder)
+        stops = configs.stop_ids(config, folder)
         pad = text.get("pad_token_id", config.get("pad_token_id"))
         return {
             "family": self.name,
@@ -100,7 +101,7 @@ class InternVL(base.Family):
         return [_vision_spec(model), wrappers.embed_graph_spec(model, model.config.image_token_id), decoder]
 
     def profiles(
-        self, config: base.Config, folder: Path, settings: dict[str, Any] | None = None
+        self, config: configs.Config, folder: Path, settings: dict[str, Any] | None = None
     ) -> dict[str, dict[str, list[list[int]]]]:
         settings = settings or self.host_settings(config, folder)
         image, vision = settings["image"], config["vision_config"]
@@ -109,11 +110,11 @@ class InternVL(base.Family):
         features = largest * image["tokens_per_tile"]
         return {
             "vision": {"pixel_values": [[n, *shape] for n in (1, min(2, largest), largest)]},
-            **decoder_profiles(base.text_config(config), settings["decoder"], features, axes=1),
+            **decoder_profiles(configs.text_config(config), settings["decoder"], features, axes=1),
         }
 
 
-def _decoder_biases(text: base.Config) -> bool:
+def _decoder_biases(text: configs.Config) -> bool:
     found = text.get("model_type")
     if found not in DECODER_TYPES:
         raise UnsupportedError(
@@ -127,7 +128,7 @@ def _side(size: int | list[int]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-def _tokens_per_tile(config: base.Config) -> int:
+def _tokens_per_tile(config: configs.Config) -> int:
     vision = config["vision_config"]
     patches = _side(vision["image_size"]) // _side(vision["patch_size"])
     return int(patches * config.get("downsample_ratio", 0.5)) ** 2
@@ -137,7 +138,7 @@ def _tower(name: str, kind: str, rows: int, columns: int, group: str | None, ord
     return LayerSpec(f"{TOWER}.{name}", "vision", kind, rows, columns, f"{TOWER}.{group or name}", order, bias)
 
 
-def _tower_orders(vision: base.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
+def _tower_orders(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
     """The tower's residual stream, which the projector reads as neighbours side by side, then v and MLP a block."""
     width, unit = vision["hidden_size"], vision["hidden_size"] // vision["num_attention_heads"]
     neighbours = specs[f"{PROJECTOR}.linear_1"].columns // width
@@ -160,7 +161,7 @@ def _tower_orders(vision: base.Config, specs: dict[str, LayerSpec]) -> list[Free
     return [free_order(f"{TOWER}.residual", width, readers, producers), *inside]
 
 
-def _stream_places(vision: base.Config, specs: dict[str, LayerSpec]) -> list[Place]:
+def _stream_places(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[Place]:
     """What starts and ends the tower's residual stream; which of it exists is the config's choice."""
     embeddings = f"{TOWER}.embeddings"
     places = [*rows_of(specs[f"{embeddings}.patch_embeddings.projection"]), Place(f"{embeddings}.cls_token", 2)]

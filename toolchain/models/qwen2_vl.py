@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.device.images import CLIP_MEAN, CLIP_STD
+from toolchain.models import configs
 from toolchain.models import family as base
-from toolchain.models.orders import FreeOrder, columns_of, decoder_orders, free_order, norm_of, rows_of
+from toolchain.models.permutations import FreeOrder, columns_of, decoder_orders, free_order, norm_of, rows_of
+from toolchain.plan.images import CLIP_MEAN, CLIP_STD
 from toolchain.values import LayerSpec
 
 if TYPE_CHECKING:
-    from toolchain.geometry import ModelGeometry
+    from toolchain.plan.geometry import ModelGeometry
 
 TOWER = "model.visual"
 DECODER = "model.language_model"
@@ -25,8 +26,8 @@ class Qwen2VL(base.Family):
     name = "qwen2_vl"
     model_types = ("qwen2_vl",)
 
-    def layers(self, config: base.Config) -> tuple[LayerSpec, ...]:
-        text, vision = base.text_config(config), _vision(config)
+    def layers(self, config: configs.Config) -> tuple[LayerSpec, ...]:
+        text, vision = configs.text_config(config), _vision(config)
         width, depth = vision["embed_dim"], vision["depth"]
         patch = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
         specs = base.embedding_and_head(
@@ -49,25 +50,25 @@ class Qwen2VL(base.Family):
         specs += base.decoder_layers(text, DECODER, depth + 3, biases=True)
         return (*specs, head)
 
-    def free_orders(self, config: base.Config) -> tuple[FreeOrder, ...]:
+    def free_orders(self, config: configs.Config) -> tuple[FreeOrder, ...]:
         specs = {spec.name: spec for spec in self.layers(config)}
         merger = f"{TOWER}.merger.mlp"
         hidden = free_order(
             merger, specs[f"{merger}.2"].columns, [columns_of(f"{merger}.2")], rows_of(specs[f"{merger}.0"])
         )
-        text, embedding = base.text_config(config), f"{DECODER}.embed_tokens"
+        text, embedding = configs.text_config(config), f"{DECODER}.embed_tokens"
         decoder = decoder_orders(text, specs, DECODER, embedding, "lm_head", feeder=f"{merger}.2")
         return (*_tower_orders(_vision(config), specs), hidden, *decoder)
 
-    def geometry(self, config: base.Config) -> ModelGeometry:
-        from toolchain.geometry import qwen2_vl_geometry
+    def geometry(self, config: configs.Config) -> ModelGeometry:
+        from toolchain.plan.geometry import qwen2_vl_geometry
 
         return qwen2_vl_geometry(config)
 
-    def host_settings(self, config: base.Config, folder: Path) -> dict[str, Any]:
-        image, text = base.image_settings(folder), base.text_config(config)
+    def host_settings(self, config: configs.Config, folder: Path) -> dict[str, Any]:
+        image, text = configs.image_settings(folder), configs.text_config(config)
         size = image.get("size") or {}
-        stops = base.stop_ids(config, folder)
+        stops = configs.stop_ids(config, folder)
         pad = text.get("pad_token_id", config.get("pad_token_id"))
         return {
             "family": self.name,
@@ -98,7 +99,7 @@ class Qwen2VL(base.Family):
         return [_vision_spec(model), wrappers.embed_graph_spec(model, model.config.image_token_id), decoder]
 
     def profiles(
-        self, config: base.Config, folder: Path, settings: dict[str, Any] | None = None
+        self, config: configs.Config, folder: Path, settings: dict[str, Any] | None = None
     ) -> dict[str, dict[str, list[list[int]]]]:
         settings, vision = settings or self.host_settings(config, folder), _vision(config)
         image = settings["image"]
@@ -113,11 +114,11 @@ class Qwen2VL(base.Family):
                 "pixel_values": [[n, channels] for n in counts],
                 "position_ids": [[n, 2] for n in counts],
             },
-            **decoder_profiles(base.text_config(config), settings["decoder"], counts[2] // merge, axes=3),
+            **decoder_profiles(configs.text_config(config), settings["decoder"], counts[2] // merge, axes=3),
         }
 
 
-def decoder_settings(text: base.Config) -> dict[str, Any]:
+def decoder_settings(text: configs.Config) -> dict[str, Any]:
     """host.json's section about the decoder."""
     return {
         "hidden": text["hidden_size"],
@@ -125,13 +126,13 @@ def decoder_settings(text: base.Config) -> dict[str, Any]:
         "cache": {
             "layers": text["num_hidden_layers"],
             "kv_heads": text["num_key_value_heads"],
-            "head_dim": base.head_dim(text),
+            "head_dim": configs.head_dim(text),
         },
     }
 
 
 def decoder_profiles(
-    text: base.Config, decoder: dict[str, Any], features: int, axes: int
+    text: configs.Config, decoder: dict[str, Any], features: int, axes: int
 ) -> dict[str, dict[str, list[list[int]]]]:
     """Shapes of `embed` and of `decoder` for batch 1, the decoder twice: one engine with two profiles.
 
@@ -156,9 +157,9 @@ def decoder_profiles(
     }
 
 
-def _decoder_shapes(text: base.Config, sizes: tuple[tuple[int, int], ...], axes: int) -> dict[str, list[list[int]]]:
+def _decoder_shapes(text: configs.Config, sizes: tuple[tuple[int, int], ...], axes: int) -> dict[str, list[list[int]]]:
     """Every input's shapes for three (new, past) lengths."""
-    past = [[p, 1, text["num_key_value_heads"], base.head_dim(text)] for _, p in sizes]
+    past = [[p, 1, text["num_key_value_heads"], configs.head_dim(text)] for _, p in sizes]
     return {
         "inputs_embeds": [[1, n, text["hidden_size"]] for n, _ in sizes],
         "attention_mask": [[1, n + p] for n, p in sizes],
@@ -167,7 +168,7 @@ def _decoder_shapes(text: base.Config, sizes: tuple[tuple[int, int], ...], axes:
     }
 
 
-def _vision(config: base.Config) -> base.Config:
+def _vision(config: configs.Config) -> configs.Config:
     """vision_config with the defaults that published files leave out."""
     return {
         "in_channels": 3,
@@ -183,7 +184,7 @@ def _part(name: str, part: str, kind: str, rows: int, columns: int, order: int, 
     return LayerSpec(full, part, kind, rows, columns, full, order, bias)
 
 
-def _tower_orders(vision: base.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
+def _tower_orders(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
     """The tower's residual stream, which the merger reads as neighbours side by side, then v/proj and MLP a block."""
     width, unit = vision["embed_dim"], vision["embed_dim"] // vision["num_heads"]
     neighbours = vision["spatial_merge_size"] ** 2
@@ -209,7 +210,8 @@ def _vision_spec(model) -> base.GraphSpec:
     import torch
     from torch.export import Dim
 
-    from toolchain.device.images import ImagePlan, grid_position_ids
+    from toolchain.device.families.images import grid_position_ids
+    from toolchain.plan.images import ImagePlan
 
     module = vision_module(model)
     vision = model.config.vision_config

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from toolchain.device.answer import Graph, Graphs
 from toolchain.device.families.base import Feeds
+from toolchain.device.generation.answer import Graph, Graphs
 from toolchain.models.family import Family, GraphSpec
 
 

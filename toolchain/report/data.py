@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain.models.family import read_json
+from toolchain.files.folders import read_json
 from toolchain.report.html import NONE, NOT_GATED
 from toolchain.values import BitPlan
 

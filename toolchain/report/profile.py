@@ -15,7 +15,7 @@ MAD = "mad is the median distance from the median, not scaled (1.48 of it is a n
 
 
 def render_profile(data: Mapping[str, Any]) -> str:
-    """The page as text; `data` is the content of profile.json (`toolchain.device.profile_result`)."""
+    """The page as text; `data` is the content of profile.json (`toolchain.device.profile.result`)."""
     charts = {
         name: {"parts": _bars(found["parts"]), "blocks": _bars(_largest(found["blocks"]))}
         for name, found in data["layers"].items()

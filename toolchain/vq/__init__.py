@@ -1,5 +1,7 @@
 """The mathematics of vector-quantized weights: arrays in, arrays out; no files, no models, no graph.
 
+May import `files`, `values` and `errors`.
+
 Symbols used in this package (rows are outputs, columns are inputs of y = W x):
 
     W   float32[m, n]        weight                          Ŵ   its decoded version

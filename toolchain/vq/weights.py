@@ -1,6 +1,7 @@
 """What every quantization method takes and gives back: the options, one layer's stored form, a group of layers.
 
-A method is a function `(weights, moment, code, options, generator) -> VQGroup`; `toolchain.methods` lists them.
+A method is a function `(weights, moment, code, options, generator) -> VQGroup`; `quantize.baselines.registry`
+lists the baselines.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Options:
     token_power: float = 0.5  # of the gradient norm in a token's mass, where a recipe weighs tokens by gradients
     norm_quantile: float = 0.999  # of token norms, above which a token's mass falls, where a recipe caps them
     modalities: str = AVERAGE  # or WORST
+    rotation_gain: float = 0.9  # a rotated layer must lose at most this share of what the plain one loses
+    segment_spread: float = 16.0  # of energies in a layer, below which mixing gains less than tables and scales cost
     tables: Mapping[VQCode, FixedTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,7 +138,7 @@ class SegmentedGroup:
         return sum(self.errors)
 
 
-Method = Callable[[list[Tensor], Tensor, VQCode, Options, torch.Generator], VQGroup]
+GroupMethod = Callable[[list[Tensor], Tensor, VQCode, Options, torch.Generator], VQGroup]
 
 
 @dataclass(frozen=True)

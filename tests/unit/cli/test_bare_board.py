@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.bundle import write_bundle
-from toolchain.cli.absent import absent_package, distribution_of, requirements
-from toolchain.models.family import family_for, read_config
-from toolchain.values import write_json
+from toolchain.bundle.manifest import write_bundle
+from toolchain.bundle.requirements import absent_package, distribution_of, requirements
+from toolchain.files.folders import write_json
+from toolchain.models.configs import read_config
+from toolchain.models.registry import family_for
 
 ABSENT = (
     "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnx_graphsurgeon", "onnxruntime", "tensorrt",

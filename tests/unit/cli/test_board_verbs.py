@@ -10,8 +10,8 @@ import pytest
 
 from toolchain.cli import main
 from toolchain.cli.board import MOST_WARNINGS, _build_text
-from toolchain.device import remote
-from toolchain.device.engine import BuildReport, BuiltEngine
+from toolchain.device.engines.build import BuildReport, BuiltEngine
+from toolchain.device.remote import verbs as remote
 from toolchain.errors import EnvironmentMismatch
 
 ENGINE = BuiltEngine("vision", "vision.engine", 1 << 20, 1.0, 5, plugin_layers=3)

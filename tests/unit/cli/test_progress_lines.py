@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolchain.cli.common import Progress
+from toolchain.cli.common import TerminalProgress
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def said(clock, capsys):
-    progress = Progress()
+    progress = TerminalProgress()
     progress.stage("quantize")
 
     def at(time, call, *arguments):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.bundle import write_bundle
+from toolchain.bundle.manifest import write_bundle
 from toolchain.cli import main
 
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_no_failure_of_ours(monkeypatch, capsys, bundle):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "/data/out")
 
-    monkeypatch.setattr("toolchain.bundle.open_bundle", full)
+    monkeypatch.setattr("toolchain.bundle.manifest.open_bundle", full)
     assert main(["run", str(bundle), "--prompt", "?"]) == 6
     error = capsys.readouterr().err
     assert error == "error: /data/out: No space left on device; free some, or write elsewhere\n"

@@ -17,8 +17,8 @@ from remote_boards import FAKE_SSH, MGVQ, Board, executable
 from simulated_builder import SimulatedBoard
 from ssh_server import loopback_server
 
-from toolchain.bundle import open_bundle, write_bundle
-from toolchain.device.remote import RemoteOptions
+from toolchain.bundle.manifest import open_bundle, write_bundle
+from toolchain.device.remote.options import RemoteOptions
 
 
 @pytest.fixture

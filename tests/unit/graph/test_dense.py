@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.errors import InputDataError
-from toolchain.graph import vq_op
-from toolchain.graph.bodies import function_bodies
 from toolchain.graph.dense import dense_graph
+from toolchain.graph.op import vq_op
+from toolchain.graph.op.bodies import function_bodies
 from toolchain.values import VQCode
 
 ROWS, COLUMNS = 200, 50  # neither fills its padding

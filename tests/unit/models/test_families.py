@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from toolchain.calibration import read_manifest
-from toolchain.device.answer import greedy
+from toolchain.calibration.manifest import read_manifest
 from toolchain.device.families.base import open_image
+from toolchain.device.generation.answer import greedy
 from toolchain.errors import UnsupportedError, UsageError
-from toolchain.models.family import family_for, read_config
+from toolchain.models.configs import read_config
 from toolchain.models.inventory import kept_elements
+from toolchain.models.registry import family_for
 from toolchain.models.runner import torch_graphs
 
 WEIGHTED = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, torch.nn.Conv3d)

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from published_models import bit_plan, qwen2_vl_2b
 
-from toolchain.advice import advise
-from toolchain.budget import Workload, plan_memory
 from toolchain.errors import InputDataError, UsageError
+from toolchain.plan.advice import advise
+from toolchain.plan.latency import plan_latency
+from toolchain.plan.memory import Workload, plan_memory
+from toolchain.plan.target import load_target
 from toolchain.report import render_report, write_report
 from toolchain.report.html import SECTIONS, bars, ms_text, number_text, size_text
-from toolchain.roofline import plan_latency
-from toolchain.target import load_target
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch import Tensor
 from toolchain.values import VQCode
 from toolchain.vq.assign import nearest_entries
 from toolchain.vq.curvature import half_iteration, kronecker_scale, quadratic
-from toolchain.vq.deal import deal_order
 from toolchain.vq.factor import factor_moment
+from toolchain.vq.interleave import deal_order
 from toolchain.vq.sensitivity import fisher_losses
 from toolchain.vq.solve import quantize_group
 from toolchain.vq.sweep import sweep

@@ -7,7 +7,7 @@ import torch
 from layer_problems import random_layer
 
 from toolchain.errors import ShapeError, UnsupportedError
-from toolchain.methods import METHODS
+from toolchain.quantize.baselines.registry import METHODS
 from toolchain.values import CODES, PLAIN_CODE_NAMES
 from toolchain.vq.solve import quantize_group
 from toolchain.vq.weights import Options

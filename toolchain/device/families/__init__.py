@@ -2,6 +2,8 @@
 
 One class per family, in a file of its name. The workstation and the board run the same code, so that what was
 calibrated, validated and shipped saw the same pixels and ids. Everything a host needs to know stands in `host.json`.
+
+May import `bundle` and what stands above it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toolchain.device.families.base import Feeds, Host
+from toolchain.plan.images import tile_grid
 
 
 class InternVLHost(Host):
@@ -42,16 +43,3 @@ class InternVLHost(Host):
         pixels = np.stack([np.asarray(p, dtype=np.float32).transpose(2, 0, 1) for p in pieces]) / np.float32(255)
         mean, std = (np.asarray(settings[k], dtype=np.float32)[:, None, None] for k in ("mean", "std"))
         return (pixels - mean) / std
-
-
-def tile_grid(width: int, height: int, side: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """(columns, rows) of tiles: nearest the picture's shape; of equally near ones, the larger that it half fills."""
-    shapes = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1)]
-    shapes = sorted((s for s in shapes if min_tiles <= s[0] * s[1] <= max_tiles), key=lambda s: s[0] * s[1])
-    best, best_distance = (1, 1), float("inf")
-    for columns, rows in shapes:
-        distance = abs(width / height - columns / rows)
-        fills_half = width * height > 0.5 * side * side * columns * rows
-        if distance < best_distance or (distance == best_distance and fills_half):
-            best, best_distance = (columns, rows), distance
-    return best

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toolchain.device.families.base import Feeds, Host
-from toolchain.device.images import ImagePlan, grid_position_ids, patches_from_image
+from toolchain.device.families.images import grid_position_ids, patches_from_image
+from toolchain.plan.images import ImagePlan
 
 
 class Qwen2VLHost(Host):

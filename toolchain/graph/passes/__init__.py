@@ -1,6 +1,8 @@
 """Rewrite passes over an onnx-graphsurgeon graph, one a file.
 
 Each finds its pattern, checks it, rewrites in place, and says what it did and what it refused with the reason.
+
+May import `graph.op` and what stands above it.
 """
 
 from __future__ import annotations

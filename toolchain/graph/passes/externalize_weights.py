@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from toolchain.errors import MgvqError
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.graph.passes import PassResult, Refusal
 from toolchain.values import VQCode
 from toolchain.vq import format as vq_format

@@ -18,7 +18,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.graph.passes import PassResult, Refusal
 
 MATRIX_OPS = ("MatMul", "Gemm", "Conv")

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.graph.passes import PassResult
 
 # Constants up to this are compared by content, larger ones by name: a rotation's block has 16 KiB in float32.

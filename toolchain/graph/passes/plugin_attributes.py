@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.graph.passes import PassResult
 
 INT8_VECTOR = 4  # codes of this vector length have int8 tables, and so kernels that multiply in int8

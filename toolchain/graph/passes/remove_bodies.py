@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.graph.passes import PassResult
 
 

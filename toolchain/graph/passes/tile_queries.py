@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from toolchain.budget import MOST_TILES, SCORES_BYTES
 from toolchain.graph.passes import PassResult, Refusal
+from toolchain.plan.memory import MOST_TILES, SCORES_BYTES
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from toolchain.graph import vq_op
+from toolchain.graph.op import vq_op
 from toolchain.graph.passes import PassResult, Refusal
 from toolchain.values import VQCode
 

@@ -1,1 +1,0 @@
-"""Methods to compare with, behind the interface of `toolchain.vq.weights.Method`."""

@@ -1,0 +1,109 @@
+"""Verbs that look and change nothing: targets, models, plan, doctor, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolchain.cli.common import (
+    BitsOption,
+    BudgetOption,
+    Format,
+    FormatOption,
+    ModelOption,
+    TargetOption,
+    bits_or_budget,
+    emit,
+    size,
+    table,
+)
+from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError
+
+
+def targets(form: FormatOption = Format.text) -> None:
+    """List the boards that can be planned and bundled for."""
+    from toolchain.plan.target import list_targets, load_target
+
+    found = [load_target(name) for name in list_targets()]
+    rows = [
+        {
+            "name": t.name,
+            "board": t.title,
+            "sm": t.sm,
+            "usable": size(t.memory_usable_bytes),
+            "bandwidth": f"{t.bandwidth_pin_bytes_per_s / 1e9:.0f} GB/s",
+            "software": ", ".join(f"JetPack {s.jetpack} (TensorRT {s.tensorrt})" for s in t.software),
+        }
+        for t in found
+    ]
+    emit({"targets": [t.to_json() for t in found]}, table(rows, list(rows[0])), form)
+
+
+def models(form: FormatOption = Format.text) -> None:
+    """List the model families that are supported."""
+    from toolchain.models.registry import FAMILIES
+
+    rows = [{"family": f.name, "model_type": ", ".join(f.model_types)} for f in FAMILIES]
+    emit({"models": rows}, table(rows, ["family", "model_type"]), form)
+
+
+def doctor(target: Annotated[str | None, typer.Option(help="Check against this board's software too.")] = None,
+           form: FormatOption = Format.text) -> None:  # fmt: skip
+    """Say what is missing or at odds on this machine, and the command that mends it. Exit 6 when something is."""
+    from toolchain.plan.target import load_target
+    from toolchain.run.doctor import diagnose
+
+    report = diagnose(load_target(target) if target else None)
+    rows = [{"": c.status, "check": c.name, "found": c.found, "expected": c.expected} for c in report.checks]
+    fixes = "".join(f"\n{c.status}: {c.name}: {c.fix}" for c in report.checks if c.fix)
+    emit(report.to_json(), table(rows, ["", "check", "found", "expected"]) + fixes, form)
+    if report.exit_code:
+        raise EnvironmentMismatch(f"{report.verdict}; the lines above name what to do")
+
+
+def plan(
+    model: ModelOption,
+    target: TargetOption = "orin-nano-8gb",
+    bits: BitsOption = None,
+    budget: BudgetOption = None,
+    method: Annotated[str, typer.Option(help="Method whose codes are planned for; see mgvq quantize.")] = "mgvq",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context; the target's default if absent.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Largest picture, WIDTHxHEIGHT; the target's limit if absent.")
+    ] = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Say whether a model fits a board before anything is built, and what to turn down if not. Exit 5 when not."""
+    from toolchain.plan.target import load_target
+    from toolchain.quantize.methods import stored_method
+    from toolchain.run.planning import parse_image, plan_model
+
+    board = load_target(target)
+    average, budget_bytes = bits_or_budget(bits, budget)
+    picture, chosen = parse_image(image), stored_method(method)
+    recipe = (chosen.overlaps, chosen.tables)
+    planned = plan_model(model, board, average, context, picture, budget_bytes, (), *recipe)
+    emit(planned.to_json(), planned.text(), form)
+    if planned.problems:
+        raise BudgetError(
+            f"{model} does not fit {target}: {planned.problems[0]}; the advice above says what to turn down"
+        )
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run folder, a bundle, or a quantized checkpoint.")],
+    form: FormatOption = Format.text,
+) -> None:
+    """Show what a folder of mgvq holds: bits and bytes per part, stages, hashes checked."""
+    from toolchain.run.inspection import inspect_folder
+
+    if not path.is_dir():
+        raise InputDataError(
+            f"{path} does not exist or is no folder; expected a run, a bundle or a quantized checkpoint"
+        )
+    data, text = inspect_folder(path)
+    emit(data, text, form)

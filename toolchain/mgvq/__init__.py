@@ -1,1 +1,0 @@
-"""MGVQ over a whole model: statistics, sensitivity, plan, sweep, and what mends the whole afterwards."""

@@ -1,0 +1,121 @@
+"""Which groups are coded for rotated inputs: those that dry runs of both forms say lose enough less.
+
+A rotation helps where weights are heavy-tailed, or where no order of the columns is free. Elsewhere dealt columns do
+better: they let a loud column have more of its vector's bits, which a rotation takes away (mgvq-algorithm 3.6, 4.7).
+It costs a product of 64 columns with their block, and a launch, whenever the layer runs (`roofline`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from toolchain.calibration.activations import Masses, collect_pairs
+from toolchain.checkpoint.rotated import rotate_model
+from toolchain.quantize.driver.request import Job
+from toolchain.quantize.driver.sequence import group_generator
+from toolchain.quantize.mgvq.bit_plan import offered_codes
+from toolchain.quantize.mgvq.proxy import expected_loss
+from toolchain.quantize.mgvq.run import MgvqRun
+from toolchain.quantize.mgvq.sensitivity import moment_stretches
+from toolchain.values import SILENT, BitPlan, LayerSpec, Progress, VQCode, groups_of
+from toolchain.vq.rotation import block_of, rotate, rotate_moment
+from toolchain.vq.segments import weighted_square
+
+
+@dataclass(frozen=True)
+class Trial:
+    """tr(E H Eᵀ) / tr(W H Wᵀ) of a group at 2 bits by dry runs, plain and rotated, and the block it is rotated in: 0
+    where that does not pay.
+    """
+
+    plain: float
+    rotated: float
+    block: int
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Group → its trial, of the groups that were tried; layer → the block its inputs are rotated in, 0 left out."""
+
+    trials: Mapping[str, Trial] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    def on(self, plan: BitPlan) -> BitPlan:
+        """The plan with the block that each layer's inputs are rotated in."""
+        layers = tuple(replace(layer, rotation=self.blocks.get(layer.name, 0)) for layer in plan.layers)
+        return replace(plan, layers=layers)
+
+
+def choose_rotations(run: MgvqRun, masses: Masses) -> Rotations:
+    """The rotations that pay, put into the model; trials are kept in the store. None without the recipe's part."""
+    if not run.recipe.rotate:
+        return Rotations()
+
+    def make() -> tuple[dict[str, Tensor], dict]:
+        return {}, trials_json(try_rotations(run.job, masses, offered_codes(run.recipe), run.progress))
+
+    trials = {group: Trial(**trial) for group, trial in run.store.made("rotations", make)[1].items()}
+    blocks = rotated_layers(run.job.specs, trials)
+    rotate_model(run.job.model, blocks)
+    return Rotations(trials, blocks)
+
+
+def try_rotations(job: Job, masses: Masses, codes: Sequence[str], progress: Progress = SILENT) -> dict[str, Trial]:
+    """Group → its trial, of the groups whose inputs can be rotated: untied linears of whole blocks of columns that no
+    override cuts into segments.
+
+    Args:
+        codes: what the plan will choose among; those of 2 bits are compared.
+    """
+    asked = [spec for spec in job.specs if spec.group in _rotatable(job)]
+    pairs = [VQCode.parse(code) for code in codes if VQCode.parse(code).index_bits == 2]
+    found: dict[str, Trial] = {}
+    done = 0
+    for stretch in moment_stretches(asked):
+        moments = collect_pairs(job.model, None, job.inputs, stretch, masses)
+        for group, members in groups_of(stretch).items():
+            weights = [job.model.get_parameter(f"{s.name}.weight").detach().flatten(1).float() for s in members]
+            found[group] = _trial(weights, moments[group].whole.moment, pairs, job, group)
+            done += len(members)
+            progress.step(done, len(asked), "rotations")
+    return found
+
+
+def rotated_layers(specs: Sequence[LayerSpec], trials: Mapping[str, Trial]) -> dict[str, int]:
+    """Layer → its block, of the groups that are to be rotated."""
+    return {spec.name: trials[spec.group].block for spec in specs if spec.group in trials and trials[spec.group].block}
+
+
+def trials_json(trials: Mapping[str, Trial]) -> dict[str, dict[str, float]]:
+    """Group → {"plain", "rotated", "block"}."""
+    return {group: asdict(trial) for group, trial in trials.items()}
+
+
+def _rotatable(job: Job) -> set[str]:
+    tied = {name for spec in job.specs if spec.tied_to for name in (spec.name, spec.tied_to)}
+    cut = [pattern for pattern, code in job.overrides if "+" in code]
+    return {
+        group
+        for group, members in groups_of(job.specs).items()
+        if all(s.kind == "linear" and s.name not in tied and block_of(s.columns) for s in members)
+        and not any(fnmatchcase(s.name, pattern) for s in members for pattern in cut)
+    }
+
+
+def _trial(weights: list[Tensor], moment: Tensor, codes: Sequence[VQCode], job: Job, group: str) -> Trial:
+    stacked = torch.cat(weights)
+    block, whole = block_of(stacked.shape[1]), weighted_square(stacked, moment)
+
+    def least(weight: Tensor, own: Tensor) -> float:
+        """The least share of the output energy that any of the codes would lose."""
+        generators = [group_generator(job.seed, group) for _ in codes]
+        losses = [expected_loss(weight, own, str(c), job.options, g) for c, g in zip(codes, generators)]
+        return min(losses) / whole if whole > 0 else 0.0
+
+    plain, rotated = least(stacked, moment), least(rotate(stacked, block), rotate_moment(moment, block))
+    return Trial(plain, rotated, block if rotated < job.options.rotation_gain * plain else 0)

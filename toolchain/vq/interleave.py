@@ -1,0 +1,69 @@
+"""The order of columns that a vector code gains from: loud columns spread over all vectors, not gathered in a few.
+
+A vector spends its bits on its loud columns by itself, if every vector has some; and one table serves all vectors best
+if position j means the same loudness in each (shared/research/mgvq-algorithm.md 3.6). So columns are dealt like cards:
+
+    rank by energy   0 1 2 3 4 5 6 7      V = 2, n/V = 4 vectors
+    vectors          (0 4) (1 5) (2 6) (3 7)
+
+Quads take the bands in the order 0 2 1 3, so that each of their halves is a fairly dealt pair too: one order then
+serves layers of either vector length.
+
+Loud vectors come first because the sweep visits them in order, and an error can only be fed to columns still to come.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolchain.errors import NumericGateError, ShapeError
+
+# Band of ranks → place in a vector, for the lengths the format has; any other length takes bands as they come.
+PLACE_OF_BAND = {4: (0, 2, 1, 3)}
+VECTOR = 4  # columns interleaved for quads are interleaved for pairs too
+
+
+def deal_order(energies: Tensor, vector: int) -> Tensor:
+    """The dealt order int64[n] of n columns: `order[new] = old`.
+
+    Rank q by energy, largest first and ties by index, goes to vector q mod (n / V), at the place of its band ⌊q V / n⌋.
+
+    Args:
+        energies: float[n], diag H of the layer or layers that read the columns.
+        vector: V, weights a lookup.
+
+    Raises:
+        ShapeError: n is not a multiple of V; vectors that cross its end have no partner to be dealt with.
+        NumericGateError: an energy is not finite.
+    """
+    if energies.ndim != 1:
+        raise ShapeError(f"expected energies float[n], found shape {list(energies.shape)}; deal units by deal_in_units")
+    return deal_in_units(energies[None], vector)[0]
+
+
+def deal_in_units(energies: Tensor, vector: int) -> Tensor:
+    """The dealt orders int64[units, size] of columns that must stay in their unit, such as a head: old places in it.
+
+    Args:
+        energies: float[units, size].
+        vector: V, weights a lookup.
+
+    Raises:
+        ShapeError: `size` is not a multiple of V.
+        NumericGateError: an energy is not finite.
+    """
+    if energies.ndim != 2 or vector < 1 or energies.shape[1] % vector:
+        raise ShapeError(
+            f"expected energies float[units, size] with size a multiple of V = {vector}, found shape "
+            f"{list(energies.shape)}; leave these columns in their order or use a smaller V"
+        )
+    if not bool(torch.isfinite(energies).all()):
+        raise NumericGateError(
+            f"expected finite energies, found {int((~torch.isfinite(energies)).sum())} of {energies.numel()} that are "
+            "not; look for overflow in the activations"
+        )
+    units, size = energies.shape
+    ranked = energies.argsort(dim=1, descending=True, stable=True)
+    bands = ranked.reshape(units, vector, size // vector)
+    return bands[:, list(PLACE_OF_BAND.get(vector, range(vector)))].mT.reshape(units, size)
