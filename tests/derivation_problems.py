@@ -1,4 +1,4 @@
-"""Layers small enough for dense float64 algebra, with their loss and a table: what the derivation is checked on."""
+"""Layers small enough for dense float64 algebra, with their loss and a codebook: what the derivation is checked on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolchain.vq.codebook import Samples, train_table
+from toolchain.vq.codebook import Samples, train_codebook
 from toolchain.vq.curvature import newton_shift, quadratic
 from toolchain.vq.factor import Factors, factor_moment
 from toolchain.vq.sweep import sweep
@@ -27,13 +27,15 @@ def definite(size: int, power: float, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, its loss, and a table for it: W, G float32[m, n], S_o [m, m], factors of S_i, table float16[K, V]."""
+    """A layer, its loss, and a codebook for it: W, G float32[m, n], S_o [m, m], factors of S_i, codebook float16[K,
+    V].
+    """
 
     weight: Tensor
     gradient: Tensor
     rows: Tensor
     factors: Factors
-    table: Tensor
+    codebook: Tensor
 
     @property
     def columns(self) -> Tensor:
@@ -47,8 +49,8 @@ class Case:
     def code(self, target: Tensor, factors: Factors | None = None) -> tuple[Tensor, Tensor]:
         """(Ŵ, fed-back targets T) of the sweep on `target`."""
         ones = torch.ones(len(target), dtype=torch.float16)
-        indices, targets = sweep(target, factors or self.factors, self.table, ones, batch_columns=16)
-        return decode_stacked(indices, self.table, ones), targets
+        indices, targets = sweep(target, factors or self.factors, self.codebook, ones, batch_columns=16)
+        return decode_stacked(indices, self.codebook, ones), targets
 
     def loss(self, decoded: Tensor) -> float:
         """Q(Ŵ − W)."""
@@ -57,11 +59,11 @@ class Case:
         return linear + quadratic(difference, self.rows, self.columns)
 
 
-def plain_table(weight: Tensor, vector: int, entries: int) -> Tensor:
+def plain_codebook(weight: Tensor, vector: int, entries: int) -> Tensor:
     """float16[K, V] by k-means on the weights, all errors alike."""
     vectors = weight.reshape(-1, vector)
     samples = Samples(vectors, torch.eye(vector).expand(len(vectors), -1, -1))
-    return train_table(samples, entries, 8, torch.Generator().manual_seed(1))[0].half()
+    return train_codebook(samples, entries, 8, torch.Generator().manual_seed(1))[0].half()
 
 
 def case_of(seed: int, rows: int = 6, columns: int = 24, drift: float = 0.3, entries: int = 16) -> Case:
@@ -71,4 +73,4 @@ def case_of(seed: int, rows: int = 6, columns: int = 24, drift: float = 0.3, ent
     weight = torch.randn(rows, columns, generator=generator)
     factors = factor_moment(moment, columns, 4, damping=0.01)
     gradient = row_factor @ (drift * torch.randn(rows, columns, generator=generator)) @ factors.damped
-    return Case(weight, gradient, row_factor, factors, plain_table(weight, 4, entries))
+    return Case(weight, gradient, row_factor, factors, plain_codebook(weight, 4, entries))

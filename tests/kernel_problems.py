@@ -63,7 +63,7 @@ def problem(*segments: tuple[VQCode, int], rows: int, seed: int = 0, is_exact: b
         stored.append(rng.integers(0, 256, size=code.codes_bytes(rows, columns), dtype=np.uint8))
         integers = rng.integers(-8, 9, size=shape) if is_exact else rng.integers(-127, 128, size=shape)
         table = integers if code.vector == 4 or is_exact else rng.normal(size=shape)
-        tables.append(table.astype(code.table_dtype))
+        tables.append(table.astype(code.codebook_dtype))
         scales.append(
             (rng.integers(1, 3, size=rows) if is_exact else rng.uniform(1e-3, 0.1, size=rows)).astype(np.float16)
         )

@@ -18,7 +18,7 @@ def layer_shapes() -> dict[tuple[int, int], list[str]]:
 
 
 def header() -> str:
-    """The C++ table."""
+    """The C++ codebook."""
     lines = [f"    {{{rows}, {columns}}},  // {names[0]}" for (rows, columns), names in layer_shapes().items()]
     return "\n".join(
         [

@@ -16,21 +16,21 @@ WIDTH, VOCABULARY = 64, 256
 
 
 def random_weights(code: VQCode, rows: int, columns: int, rng: np.random.Generator):
-    """(symbols, table, scales) as stored."""
+    """(symbols, codebook, scales) as stored."""
     symbols = rng.integers(0, 1 << code.shift, (*code.chunk_shape(rows, columns), 16), dtype=np.uint8)
     if code.vector == 4:
-        table = rng.integers(-127, 128, (code.entries, 4)).astype(np.int8)
+        codebook = rng.integers(-127, 128, (code.entries, 4)).astype(np.int8)
     else:
-        table = (100 * rng.standard_normal((code.entries, 2))).astype(np.float16)
+        codebook = (100 * rng.standard_normal((code.entries, 2))).astype(np.float16)
     scales = ((rng.random(rows) + 0.5) / (70 * columns**0.5)).astype(np.float16)
-    return symbols, table, scales
+    return symbols, codebook, scales
 
 
-def fill(module: VQModule, rng: np.random.Generator, table: torch.Tensor | None = None) -> VQModule:
-    symbols, new_table, scales = random_weights(module.code, module.rows, module.columns, rng)
+def fill(module: VQModule, rng: np.random.Generator, codebook: torch.Tensor | None = None) -> VQModule:
+    symbols, new_codebook, scales = random_weights(module.code, module.rows, module.columns, rng)
     module.codes = torch.from_numpy(vq_format.pack(symbols, module.code))
     module.scales = torch.from_numpy(scales)
-    module.table = torch.from_numpy(new_table) if table is None else table
+    module.codebook = torch.from_numpy(new_codebook) if codebook is None else codebook
     if getattr(module, "bias", None) is not None:
         module.bias.data = torch.from_numpy(rng.standard_normal(module.rows).astype(np.float32))
     return module
@@ -44,16 +44,16 @@ class TinyModel(nn.Module):
         rng = np.random.default_rng(0)
         plain, fine, overlapping = VQCode(4, 8, 8), VQCode(2, 6, 6), VQCode(2, 4, 8)
 
-        def linear(code, rows, columns, table_id, bias=False):
-            return fill(VQLinear(code, rows, columns, table_id, torch.float32, bias=bias), rng)
+        def linear(code, rows, columns, codebook_id, bias=False):
+            return fill(VQLinear(code, rows, columns, codebook_id, torch.float32, bias=bias), rng)
 
         self.embed = fill(VQEmbedding(plain, VOCABULARY, WIDTH, "t0", torch.float32), rng)
         self.q = linear(fine, 128, WIDTH, "t1", bias=True)
-        self.k = fill(VQLinear(fine, 128, WIDTH, "t1", torch.float32), rng, self.q.table)
-        self.v = fill(VQLinear(fine, 256, WIDTH, "t1", torch.float32, bias=True), rng, self.q.table)
+        self.k = fill(VQLinear(fine, 128, WIDTH, "t1", torch.float32), rng, self.q.codebook)
+        self.v = fill(VQLinear(fine, 256, WIDTH, "t1", torch.float32, bias=True), rng, self.q.codebook)
         self.mix = linear(overlapping, WIDTH, 256, "t2", bias=True)
         self.gate = linear(plain, 192, WIDTH, "t3")
-        self.up = fill(VQLinear(plain, 192, WIDTH, "t3", torch.float32), rng, self.gate.table)
+        self.up = fill(VQLinear(plain, 192, WIDTH, "t3", torch.float32), rng, self.gate.codebook)
         self.down = linear(overlapping, WIDTH, 192, "t4")
         self.patch = fill(VQConv(fine, WIDTH, 3 * 4, "t5", torch.float32, bias=True, kernel=(2, 2)), rng)
         self.head = VQLinear(plain, VOCABULARY, WIDTH, "t0", torch.float32)

@@ -65,12 +65,12 @@ class VQCode:
         return 1 << self.window
 
     @property
-    def table_dtype(self) -> str:
+    def codebook_dtype(self) -> str:
         """An entry is 4 bytes: int8 quads, whose step is folded into the row scale, or float16 pairs."""
         return "int8" if self.vector == 4 else "float16"
 
     @property
-    def table_bytes(self) -> int:
+    def codebook_bytes(self) -> int:
         return 4 * self.entries
 
     @property
@@ -257,7 +257,7 @@ class BitPlan:
         """The layer, or the segment of one, of that name."""
         return next(one for layer in self.layers for one in (layer, *layer.segments) if one.name == name)
 
-    def tables(self) -> dict[str, VQCode]:
+    def codebooks(self) -> dict[str, VQCode]:
         """Table id → the code whose table it is."""
         return {piece.table: piece.vq_code for layer in self.layers for piece in layer.pieces}
 

@@ -57,7 +57,7 @@ def test_a_plan_finds_layers_and_segments_and_all_their_tables():
     plan = BitPlan((LAYER,))
     assert plan.layer("m.down") is LAYER
     assert plan.layer("m.down.segments.1").table == "t7_1"
-    assert plan.tables() == {"t7_0": VQCode(2, 6, 8), "t7_1": VQCode(2, 4, 8), "t7_2": VQCode(2, 3, 8)}
+    assert plan.codebooks() == {"t7_0": VQCode(2, 6, 8), "t7_1": VQCode(2, 4, 8), "t7_2": VQCode(2, 3, 8)}
     assert plan.index_bits() == pytest.approx(LAYER.index_bits)
     assert BitPlan.from_json(plan.to_json()) == plan
 

@@ -100,10 +100,10 @@ def coded_maker(code: VQCode, options: dict[str, Any]) -> MakeLinear:
         layer.codes.random_(256)
         scale = WEIGHT_SIZE
         if code.vector == 4:
-            layer.table.random_(-127, 128)
+            layer.codebook.random_(-127, 128)
             scale /= 73.5  # standard deviation of integers drawn evenly from -127 to 127
         else:
-            layer.table.normal_()
+            layer.codebook.normal_()
         layer.scales.fill_(scale)
         return layer
 

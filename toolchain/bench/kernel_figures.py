@@ -46,7 +46,7 @@ def spread(rounds: Sequence[float], dropped: int) -> Spread:
 
 def packed_bytes(code: VQCode, rows: int, columns: int) -> int:
     """Bytes a launch must read of a weight: codes with their padding, scales, one table."""
-    return code.codes_bytes(rows, columns) + 2 * rows + code.table_bytes
+    return code.codes_bytes(rows, columns) + 2 * rows + code.codebook_bytes
 
 
 def copies_for(size: int, l2_bytes: int, least: int = 2) -> int:

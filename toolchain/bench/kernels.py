@@ -214,8 +214,8 @@ class Case:
         return torch.matmul(self.x, ops.dequantize([codes], [self.table], [self.scales], formats, self.rows).T)
 
     def timed(self, timing: Timing, copies: int, dense_copies: int, rounds: int) -> Timed:
-        """Checked, then everybody in turn, each over that many copies of its weight: four times the cache together, or
-        one.
+        """CheckedRun, then everybody in turn, each over that many copies of its weight: four times the cache together,
+        or one.
         """
         codes = self.codes(copies)
         self.check(codes[0])

@@ -89,8 +89,8 @@ def accumulate(samples: list[tuple[Tensor, Tensor]], *, drifts: bool) -> PairMom
     tokens = sum(len(quantized) for quantized, _ in samples)
     halves: list[Pair | None] = [None, None]
     for number, (quantized, full) in enumerate(samples):
-        mass = torch.full((len(quantized),), 1 / tokens, device=quantized.device)
-        found = Pair.of(quantized, full if drifts else quantized, mass)
+        token_weight = torch.full((len(quantized),), 1 / tokens, device=quantized.device)
+        found = Pair.of(quantized, full if drifts else quantized, token_weight)
         halves[number % 2] = found.added(halves[number % 2])
     return PairMoments.merged(halves)
 
@@ -101,7 +101,7 @@ def sweep_group(
     """What `solve.quantize_group` does, packing included; (the stacked problem, its solution) for what follows."""
     problem = stack_group(weights, moment, code, searches_paths=True)
     found = solve_problem(problem, code, options, generator)
-    pack_group(problem, found.indices, found.table, found.scales, code)
+    pack_group(problem, found.indices, found.codebook, found.scales, code)
     return problem, found
 
 
@@ -116,7 +116,7 @@ def time_group(shape: GroupShape, tokens: int, codes: tuple[VQCode, ...], peers:
     drawn = draw_group(shape, tokens, clock.device, generator)
     drifts = "drift" in clock.wanted
     pairs = clock.run("statistics", OURS, None, lambda: accumulate(drawn.samples, drifts=drifts))
-    weights, moment = drawn.weights, pairs.whole.moment / pairs.whole.mass
+    weights, moment = drawn.weights, pairs.whole.moment / pairs.whole.token_weight
     if drifts:
         weights = _shifted(weights, moment, pairs, clock)
     del pairs

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from toolchain.bits.codebook_sharing import shared_table_id
+from toolchain.bits.codebook_sharing import shared_codebook_id
 from toolchain.errors import BudgetError, NumericGateError, UsageError
 from toolchain.values import CODE_NAMES, CODES, parse_format
 
@@ -27,8 +27,8 @@ Losses = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share code and table: (rows, columns) of those that store codes; `code` where an override says;
-    `owner` of the tables where other groups use them too (`table_sharing`).
+    """Layers that share code and codebook: (rows, columns) of those that store codes; `code` where an override says;
+    `owner` of the codebooks where other groups use them too (`codebook_sharing`).
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -48,19 +48,21 @@ class Group:
         )
 
     def bytes(self, code: str) -> int:
-        """Codes with their padding, row scales and the one table, unless it is shared; all three of every segment."""
+        """Codes with their padding, row scales and the one codebook, unless it is shared; all three of every
+        segment.
+        """
         codes = sum(
             segment.code.codes_bytes(rows, segment.columns) + SCALE_BYTES * rows
             for rows, columns in self.shapes
             for segment in parse_format(code, columns)
         )
         own = () if self.owner else parse_format(code, self.shapes[0][1])
-        return codes + sum(segment.code.table_bytes for segment in own)
+        return codes + sum(segment.code.codebook_bytes for segment in own)
 
-    def shared_tables(self, code: str) -> dict[str, int]:
-        """Id → bytes of the tables that it shares with other groups; none where it has its own."""
+    def shared_codebooks(self, code: str) -> dict[str, int]:
+        """Id → bytes of the codebooks that it shares with other groups; none where it has its own."""
         shared = [segment.code for segment in parse_format(code, self.shapes[0][1])] if self.owner else []
-        return {shared_table_id(str(self.owner), one): one.table_bytes for one in shared}
+        return {shared_codebook_id(str(self.owner), one): one.codebook_bytes for one in shared}
 
 
 def codes_for_average(
@@ -133,9 +135,9 @@ def codes_for_losses(groups: Mapping[str, Group], losses: Losses, bits: float) -
 def codes_for_bytes(groups: Mapping[str, Group], losses: Losses, budget_bytes: int, kept_bytes: int) -> dict[str, str]:
     """Group → code of those its losses name, so that they add up to the least and the model fits `budget_bytes`.
 
-    Room is set aside for every shared table that a code on offer uses, and the codes whose tables no group then takes
-    are off the offer the next time, until all that is set aside is used. Where not all tables fit, every group's
-    dearest code goes first: such a plan need not be the very best.
+    Room is set aside for every shared codebook that a code on offer uses, and the codes whose codebooks no group then
+    takes are off the offer the next time, until all that is set aside is used. Where not all codebooks fit, every
+    group's dearest code goes first: such a plan need not be the very best.
 
     Args:
         kept_bytes: what the tensors outside the groups take of the budget.
@@ -147,16 +149,16 @@ def codes_for_bytes(groups: Mapping[str, Group], losses: Losses, budget_bytes: i
     offered = _offered(groups, losses)
     while True:
         costs = {name: {c: groups[name].bytes(c) for c in codes} for name, codes in offered.items()}
-        tables = shared_tables(groups, offered)
-        room = budget_bytes - kept_bytes - sum(tables.values())
+        codebooks = shared_codebooks(groups, offered)
+        room = budget_bytes - kept_bytes - sum(codebooks.values())
         least = sum(min(c.values()) for c in costs.values())
         if least <= room:
             chosen = _cheapest_loss(offered, costs, room)
-            used = shared_tables(groups, {name: [code] for name, code in chosen.items()})
-            if used == tables:
+            used = shared_codebooks(groups, {name: [code] for name, code in chosen.items()})
+            if used == codebooks:
                 return chosen
-            offered = {name: _of_tables(codes, groups[name], used) for name, codes in offered.items()}
-        elif tables and any(len(codes) > 1 for codes in offered.values()):
+            offered = {name: _of_codebooks(codes, groups[name], used) for name, codes in offered.items()}
+        elif codebooks and any(len(codes) > 1 for codes in offered.values()):
             offered = {name: _without_dearest(codes, costs[name]) for name, codes in offered.items()}
         else:
             raise BudgetError(
@@ -166,19 +168,19 @@ def codes_for_bytes(groups: Mapping[str, Group], losses: Losses, budget_bytes: i
             )
 
 
-def shared_tables(groups: Mapping[str, Group], codes: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Id → bytes of all tables that groups share and that any of the codes given for them uses."""
+def shared_codebooks(groups: Mapping[str, Group], codes: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """Id → bytes of all codebooks that groups share and that any of the codes given for them uses."""
     return {
-        table: size
+        codebook: size
         for name, own in codes.items()
         for code in own
-        for table, size in groups[name].shared_tables(code).items()
+        for codebook, size in groups[name].shared_codebooks(code).items()
     }
 
 
-def _of_tables(losses: Mapping[str, float], group: Group, tables: Mapping[str, int]) -> dict[str, float]:
-    """The codes whose shared tables are all among these."""
-    return {code: loss for code, loss in losses.items() if group.shared_tables(code).keys() <= tables.keys()}
+def _of_codebooks(losses: Mapping[str, float], group: Group, codebooks: Mapping[str, int]) -> dict[str, float]:
+    """The codes whose shared codebooks are all among these."""
+    return {code: loss for code, loss in losses.items() if group.shared_codebooks(code).keys() <= codebooks.keys()}
 
 
 def _without_dearest(losses: Mapping[str, float], costs: Mapping[str, int]) -> dict[str, float]:

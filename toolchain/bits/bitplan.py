@@ -16,7 +16,7 @@ from toolchain.bits.allocation import (
     is_known_format,
     modelled_losses,
 )
-from toolchain.bits.codebook_sharing import GROUP, check_choice, shared_table_id, table_owner
+from toolchain.bits.codebook_sharing import GROUP, check_choice, codebook_owner, shared_codebook_id
 from toolchain.errors import UnsupportedError, UsageError
 from toolchain.values import CODE_NAMES, CODES, PARTS, BitPlan, LayerPlan, LayerSpec, parse_format
 
@@ -37,7 +37,7 @@ class BitCount:
     """What some parts cost.
 
     `index` counts code bits of quantized weights alone (what papers quote); `real` counts every stored bit over every
-    weight, quantized or kept: padded codes, tables, scales, kept tensors; `bytes` is the sum.
+    weight, quantized or kept: padded codes, codebooks, scales, kept tensors; `bytes` is the sum.
     """
 
     index: float
@@ -56,9 +56,9 @@ def plan(
     sensitivity: Mapping[str, float] | None = None,
     losses: Losses | None = None,
     overlapping: bool = False,
-    tables: str = GROUP,
+    codebooks: str = GROUP,
 ) -> BitPlan:
-    """A code for every layer; layers of a group, and a layer and what it is tied to, share code and table.
+    """A code for every layer; layers of a group, and a layer and what it is tied to, share code and codebook.
 
     With neither `bits` nor `budget_bytes` every part has its default. With `losses` every group gets the one of its
     codes that makes the losses' sum the least within either (`vq.allocate`). Without them the loss at b bits is taken
@@ -68,15 +68,15 @@ def plan(
     Args:
         kept: name → element count of every tensor that stays in 16 bits.
         bits: most index bits, averaged over the stored quantized weights.
-        budget_bytes: most bytes of the whole model as `real_bits` counts them: padded codes, tables, scales, and what
-            stays in 16 bits.
+        budget_bytes: most bytes of the whole model as `real_bits` counts them: padded codes, codebooks, scales, and
+            what stays in 16 bits.
         overrides: (glob pattern of layer names, code "V,k,L" or segments as `values.parse_format` reads them); the
             last that matches wins.
         sensitivity: group → loss at 2 bits, in any one unit.
         losses: group → code or segments → loss, in any one unit; every group that no override fixes chooses among
             its own.
         overlapping: codes with overlapping windows wherever neither an override nor losses name one.
-        tables: whose they are, one of `table_sharing.CHOICES`; one that groups share counts once.
+        codebooks: whose they are, one of `codebook_sharing.CHOICES`; one that groups share counts once.
 
     Raises:
         UsageError: both bits and budget_bytes, both sensitivity and losses, or one of these with nothing to plan for;
@@ -86,11 +86,11 @@ def plan(
         NumericGateError: a loss is negative or not finite.
     """
     _check_request(bits, budget_bytes, sensitivity, losses)
-    check_choice(tables)
+    check_choice(codebooks)
     layers = tuple(specs)
     members = _groups(layers)
     fixed = _overridden(layers, members, tuple(overrides))
-    owners = {name: table_owner(tables, specs[0]) for name, specs in members.items()}
+    owners = {name: codebook_owner(codebooks, specs[0]) for name, specs in members.items()}
     groups = {name: Group(_stored_shapes(specs), fixed.get(name), owners[name]) for name, specs in members.items()}
     if budget_bytes is not None:
         offered = modelled_losses(groups, sensitivity or {}, overlapping) if losses is None else losses
@@ -126,24 +126,26 @@ def _planned(
     codes: dict[str, str],
     owners: dict[str, str | None],
 ) -> tuple[LayerPlan, ...]:
-    """The layers with their groups' codes, and the tables of the groups or of their owners."""
+    """The layers with their groups' codes, and the codebooks of the groups or of their owners."""
     group_of = {spec.name: name for name, specs in members.items() for spec in specs}
-    tables = {
+    codebooks = {
         name: _shared_ids(owner, codes[name], members[name][0].columns) if (owner := owners[name]) else f"t{index}"
         for index, name in enumerate(members)
     }
     planned = []
     for spec in layers:
-        code, table = codes[group_of[spec.name]], tables[group_of[spec.name]]
+        code, codebook = codes[group_of[spec.name]], codebooks[group_of[spec.name]]
         planned.append(
-            LayerPlan(spec.name, spec.part, spec.kind, spec.rows, spec.columns, spec.group, code, table, spec.tied_to)
+            LayerPlan(
+                spec.name, spec.part, spec.kind, spec.rows, spec.columns, spec.group, code, codebook, spec.tied_to
+            )
         )
     return tuple(planned)
 
 
 def _shared_ids(owner: str, code: str, columns: int) -> str:
-    """The ids of an owner's tables for a code or its segments, as `LayerPlan.table` holds them."""
-    return "+".join(shared_table_id(owner, segment.code) for segment in parse_format(code, columns))
+    """The ids of an owner's codebooks for a code or its segments, as `LayerPlan.codebook` holds them."""
+    return "+".join(shared_codebook_id(owner, segment.code) for segment in parse_format(code, columns))
 
 
 def _groups(layers: tuple[LayerSpec, ...]) -> dict[str, list[LayerSpec]]:
@@ -240,8 +242,8 @@ def real_bits(bit_plan: BitPlan, parts: Iterable[str] | None = None) -> dict[str
 
 def _count(stored: list[LayerPlan], kept: int) -> BitCount:
     quantized = sum(layer.rows * layer.columns for layer in stored)
-    tables = {piece.table: piece.vq_code.table_bytes for layer in stored for piece in layer.pieces}
-    size = sum(layer.codes_bytes + layer.scales_bytes for layer in stored) + sum(tables.values()) + KEPT_BYTES * kept
+    codebooks = {piece.table: piece.vq_code.codebook_bytes for layer in stored for piece in layer.pieces}
+    size = sum(layer.codes_bytes + layer.scales_bytes for layer in stored) + sum(codebooks.values()) + KEPT_BYTES * kept
     index = sum(layer.rows * layer.columns * layer.index_bits for layer in stored)
     weights = quantized + kept
     return BitCount(index / quantized if quantized else 0.0, 8 * size / weights if weights else 0.0, size, weights)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration.gradients import TOKEN_PARTS, layer_rows, split_masses
+from toolchain.calibration.gradients import TOKEN_PARTS, layer_rows, split_token_weights
 from toolchain.calibration.held_out import picture_numbers
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.errors import InputDataError
 from toolchain.values import SILENT, LayerSpec, Progress, groups_of
-from toolchain.vq.curvature import capped_masses
+from toolchain.vq.curvature import capped_token_weights
 from toolchain.vq.drift import Pair, PairMoments
 
-Masses = Mapping[str, list[Tensor]]
+TokenWeights = Mapping[str, list[Tensor]]
 
 
 class _AllSeenError(Exception):
@@ -25,19 +25,20 @@ class _AllSeenError(Exception):
 
 @dataclass(frozen=True)
 class Survey:
-    """One forward pass over all samples: group → token masses (`calibration`'s: every modality alike) and diag E[x xᵀ],
-    float32[n], with those masses; group → ‖x‖² float32[tokens] a sample, where masses were capped by them.
+    """One forward pass over all samples: group → token weights (`calibration`'s: every modality alike) and diag E[x
+    xᵀ], float32[n], with those token weights; group → ‖x‖² float32[tokens] a sample, where token weights were capped by
+    them.
     """
 
-    masses: dict[str, list[Tensor]]
+    token_weights: dict[str, list[Tensor]]
     energies: dict[str, Tensor]
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def capped(self, masses: Masses, quantile: float) -> dict[str, list[Tensor]]:
-        """Other masses, capped by the same norms (`curvature.capped_masses`)."""
+    def capped(self, token_weights: TokenWeights, quantile: float) -> dict[str, list[Tensor]]:
+        """Other token weights, capped by the same norms (`curvature.capped_token_weights`)."""
         found = {}
         for group, norms in self.norms.items():
-            own = capped_masses(torch.cat(list(masses[group])), torch.cat(norms), quantile)
+            own = capped_token_weights(torch.cat(list(token_weights[group])), torch.cat(norms), quantile)
             found[group] = list(own.split([len(part) for part in norms]))
         return found
 
@@ -54,19 +55,19 @@ def collect_pairs(
     full: nn.Module | None,
     inputs: Sequence[CalibrationInput],
     specs: Sequence[LayerSpec],
-    masses: Masses,
+    token_weights: TokenWeights,
 ) -> dict[str, PairMoments]:
     """Group → moments of its inputs x_q in the model as it stands, against x_f in the full-precision one.
 
-    Sums are weighted by token masses, accumulated in float32, in two halves that `drift.gated_shift` holds against one
+    Sums are weighted by token weights, accumulated in float32, in two halves that `drift.gated_shift` holds against one
     another: the samples about every other picture, so that no picture is on both sides.
 
     Args:
         full: None where no drift is wanted: x_f is then x_q.
-        masses: group → float32[tokens] a sample.
+        token_weights: group → float32[tokens] a sample.
 
     Raises:
-        InputDataError: a group sees other token counts than its masses have, or a sample does not reach it.
+        InputDataError: a group sees other token counts than its token weights have, or a sample does not reach it.
     """
     first = {group: members[0] for group, members in groups_of(specs).items()}
     halves: dict[str, list[Pair | None]] = {group: [None, None] for group in first}
@@ -76,13 +77,13 @@ def collect_pairs(
         own = inputs_of(quantized, one, first)
         other = own if full is None else inputs_of(full, one, first)
         for group, rows in own.items():
-            mass = masses[group][number].to(rows.device)
-            if len(mass) != len(rows):
+            token_weight = token_weights[group][number].to(rows.device)
+            if len(token_weight) != len(rows):
                 raise InputDataError(
-                    f"layer {first[group].name}: sample {number} gave {len(rows)} inputs, its token masses are of "
-                    f"{len(mass)}; statistics and moments must be taken with the same samples"
+                    f"layer {first[group].name}: sample {number} gave {len(rows)} inputs, its token weights are of "
+                    f"{len(token_weight)}; statistics and moments must be taken with the same samples"
                 )
-            found = Pair.of(rows, other[group], mass)
+            found = Pair.of(rows, other[group], token_weight)
             halves[group][side] = found.added(halves[group][side])
     return {group: PairMoments.merged(pair) for group, pair in halves.items()}
 
@@ -94,11 +95,11 @@ def survey_inputs(
     progress: Progress = SILENT,
     norm_quantile: float | None = None,
 ) -> Survey:
-    """Token masses with half for either modality in the decoder, and how loud every input column is.
+    """token weights with half for either modality in the decoder, and how loud every input column is.
 
     Args:
-        norm_quantile: tokens louder than it lose mass (`curvature.capped_masses`), at the price of a second pass;
-            None leaves all as they are.
+        norm_quantile: tokens louder than it lose token weight (`curvature.capped_token_weights`), at the price of a
+            second pass; None leaves all as they are.
     """
     first = {group: members[0] for group, members in groups_of(specs).items()}
     squares: dict[str, list[Tensor]] = {group: [] for group in first}
@@ -114,30 +115,34 @@ def survey_inputs(
             if norm_quantile is not None:
                 norms[group].append(rows.square().sum(dim=1).cpu())
         progress.step(number + 1, len(inputs), "survey")
-    masses = {group: split_masses(counts[group], spec, inputs, power=0.0) for group, spec in first.items()}
-    plain = Survey(masses, {group: _energies(squares[group], masses[group], inputs) for group in first}, norms)
+    token_weights = {
+        group: split_token_weights(counts[group], spec, inputs, power=0.0) for group, spec in first.items()
+    }
+    plain = Survey(
+        token_weights, {group: _energies(squares[group], token_weights[group], inputs) for group in first}, norms
+    )
     if norm_quantile is None:
         return plain
-    capped = plain.capped(masses, norm_quantile)
+    capped = plain.capped(token_weights, norm_quantile)
     return Survey(capped, _weighted_energies(model, inputs, first, capped), norms)
 
 
 def _weighted_energies(
-    model: nn.Module, inputs: Sequence[CalibrationInput], first: Mapping[str, LayerSpec], masses: Masses
+    model: nn.Module, inputs: Sequence[CalibrationInput], first: Mapping[str, LayerSpec], token_weights: TokenWeights
 ) -> dict[str, Tensor]:
-    """Group → Σ_t mass_t x_t², from a pass over all samples."""
+    """Group → Σ_t ω_t x_t², from a pass over all samples."""
     found: dict[str, Tensor] = {}
     for number, one in enumerate(inputs):
         for group, rows in inputs_of(model, one, first).items():
-            own = masses[group][number].to(rows.device) @ rows.square()
+            own = token_weights[group][number].to(rows.device) @ rows.square()
             found[group] = found[group] + own if group in found else own
     return found
 
 
-def _energies(squares: list[Tensor], masses: list[Tensor], inputs: Sequence[CalibrationInput]) -> Tensor:
-    """Σ_t mass_t x_t² from sums a modality, whose tokens have one mass each."""
+def _energies(squares: list[Tensor], token_weights: list[Tensor], inputs: Sequence[CalibrationInput]) -> Tensor:
+    """Σ_t ω_t x_t² from sums a modality, whose tokens have one token weight each."""
     total = torch.stack(squares).sum(dim=0)
-    flat = torch.cat(masses).to(total.device)
+    flat = torch.cat(token_weights).to(total.device)
     if len(total) == 1:
         return total[0] * flat[0]
     marks = torch.cat([one.is_image for one in inputs]).to(total.device)

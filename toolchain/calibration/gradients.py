@@ -1,4 +1,4 @@
-"""What the loss asks of every layer: token masses, output curvature and held-out gradients, from backward passes.
+"""What the loss asks of every layer: token weights, output curvature and held-out gradients, from backward passes.
 
 The loss is the cross entropy of answers drawn from the model itself, so that its gradients have mean zero and their
 second moment is the curvature of KL(model ‖ quantized model).
@@ -18,7 +18,7 @@ from toolchain.calibration.inputs import CalibrationInput
 from toolchain.checkpoint.modules import patch_rows
 from toolchain.errors import InputDataError
 from toolchain.values import SILENT, LayerSpec, Progress, groups_of
-from toolchain.vq.curvature import token_masses, unit_mean
+from toolchain.vq.curvature import balanced_token_weights, unit_mean
 
 # Parts of the decoder, where picture and text tokens stand side by side.
 TOKEN_PARTS = ("language", "head")
@@ -27,7 +27,7 @@ ROWS_UP_TO = 4_096  # layers of more outputs take S_o = I: S_o alone would be 64
 
 
 @dataclass(frozen=True)
-class Probe:
+class GradientSample:
     """One sequence's gradient of one layer in factors, G_b = δᵀ x: δ float32[t, m] and x float32[t, n].
 
     Of an embedding x is the ids int64[t] and δ float32[t, n]: row `id` of G_b is the sum of its tokens' δ.
@@ -38,9 +38,9 @@ class Probe:
     inputs: Tensor
     is_image: Tensor | None = None
 
-    def of_tokens(self, wanted: Tensor) -> Probe:
+    def of_tokens(self, wanted: Tensor) -> GradientSample:
         """What the tokens bool[t] give of the gradient; G_b is the sum of what all give."""
-        return Probe(self.outputs[wanted], self.inputs[wanted])
+        return GradientSample(self.outputs[wanted], self.inputs[wanted])
 
     def product(self, difference: Tensor) -> float:
         """⟨G_b, E⟩ for E float32[m, n], without G_b ever being whole."""
@@ -57,14 +57,14 @@ class Probe:
 class LossStatistics:
     """Of the layers asked about, on the samples given.
 
-    masses: group → float32[tokens] a sample, summing to 1 over all samples: how much each token counts in S_i.
+    token_weights: group → float32[tokens] a sample, summing to 1 over all samples: how much each token counts in S_i.
     rows: layer → S_o float32[m, m] of mean diagonal 1, for the layers whose S_o was asked for.
-    probes: layer → gradients of the held-out sequences.
+    gradient_samples: layer → gradients of the held-out sequences.
     """
 
-    masses: dict[str, list[Tensor]] = field(default_factory=dict)
+    token_weights: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
-    probes: dict[str, list[Probe]] = field(default_factory=dict)
+    gradient_samples: dict[str, list[GradientSample]] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class _Sums:
 
     norms: list[Tensor] = field(default_factory=list)
     rows: Tensor | None = None
-    probes: list[Probe] = field(default_factory=list)
+    gradient_samples: list[GradientSample] = field(default_factory=list)
 
 
 def layer_rows(x: Tensor, spec: LayerSpec, module: nn.Module) -> Tensor:
@@ -99,12 +99,12 @@ def lone_modality(spec: LayerSpec) -> str:
     return IMAGE if spec.part in ("vision", "projector") else TEXT
 
 
-def of_modality(probe: Probe, kind: str) -> Probe:
+def of_modality(gradient_sample: GradientSample, kind: str) -> GradientSample:
     """What one modality's tokens give of a gradient; all of it where the layer sees one kind alone."""
-    if probe.is_image is None:
-        return probe
-    marks = probe.is_image.to(probe.outputs.device)
-    return probe.of_tokens(marks if kind == IMAGE else ~marks)
+    if gradient_sample.is_image is None:
+        return gradient_sample
+    marks = gradient_sample.is_image.to(gradient_sample.outputs.device)
+    return gradient_sample.of_tokens(marks if kind == IMAGE else ~marks)
 
 
 def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:
@@ -157,10 +157,10 @@ def collect_loss_statistics(
 
     Args:
         model: with parameters that need no gradient; gradients flow from the first layers' outputs on.
-        specs: linears and convolutions; an embedding gives probes alone.
-        held_out: samples whose gradients are kept as probes, and stay out of the S_o.
+        specs: linears and convolutions; an embedding gives gradient samples alone.
+        held_out: samples whose gradients are kept as gradient samples, and stay out of the S_o.
         rows_up_to: layers of at most so many outputs get an S_o.
-        power: of the gradient norm in a token's mass (`curvature.token_masses`).
+        power: of the gradient norm in a token's weight (`curvature.balanced_token_weights`).
         what: the passes are called, in progress.
 
     Raises:
@@ -179,7 +179,7 @@ def collect_loss_statistics(
         else:
             own.norms[-1] += norms / draws
         if state["sample"] in apart:
-            own.probes.append(Probe(delta, x, marks_of(spec, len(x), inputs[state["sample"]])))
+            own.gradient_samples.append(GradientSample(delta, x, marks_of(spec, len(x), inputs[state["sample"]])))
         elif spec.rows <= rows_up_to and spec.kind != "embedding":
             # G_b G_bᵀ = δᵀ (x xᵀ) δ, G_b never formed where a sequence has fewer tokens than the layer columns.
             rows = delta.T @ ((x @ x.T) @ delta) if len(x) <= spec.columns else _outer(delta.T @ x)
@@ -224,8 +224,8 @@ def _statistics(
         own = sums[spec.name]
         if own.rows is not None:
             found.rows[spec.name] = unit_mean(own.rows)
-        if own.probes:
-            found.probes[spec.name] = own.probes
+        if own.gradient_samples:
+            found.gradient_samples[spec.name] = own.gradient_samples
     for group, members in groups_of(spec for spec in specs if spec.kind != "embedding").items():
         rows = sum(spec.rows for spec in members)
         for spec in members:
@@ -236,19 +236,20 @@ def _statistics(
                 )
         shares = [[norms * (spec.rows / rows) for norms in sums[spec.name].norms] for spec in members]
         norms = [torch.stack(parts).sum(dim=0) for parts in zip(*shares, strict=True)]
-        found.masses[group] = split_masses(norms, members[0], inputs, power)
+        found.token_weights[group] = split_token_weights(norms, members[0], inputs, power)
     return found
 
 
-def split_masses(
+def split_token_weights(
     norms: list[Tensor], spec: LayerSpec, inputs: Sequence[CalibrationInput], power: float
 ) -> list[Tensor]:
-    """float32[tokens] a sample, summing to 1 over all: `token_masses` of a layer's inputs from all samples together.
+    """float32[tokens] a sample, summing to 1 over all: `balanced_token_weights` of a layer's inputs from all samples
+    together.
 
     Outside the decoder, and where a layer is asked about some positions only, all tokens are of one kind.
     """
     marks = [one.is_image for one in inputs]
     mixed = spec.part in TOKEN_PARTS and all(len(a) == len(b) for a, b in zip(norms, marks, strict=True))
     kinds = torch.cat(marks).to(norms[0].device) if mixed else None
-    masses = token_masses(torch.cat(norms), kinds, power)
-    return list(masses.split([len(part) for part in norms]))
+    token_weights = balanced_token_weights(torch.cat(norms), kinds, power)
+    return list(token_weights.split([len(part) for part in norms]))

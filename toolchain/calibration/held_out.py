@@ -38,7 +38,7 @@ def gate_samples(inputs: Sequence[CalibrationInput]) -> list[int]:
     return list(range(len(owners))) if pictures < GATED else parted(owners, range(1, pictures, GATED))[1]
 
 
-def mending_split(inputs: Sequence[CalibrationInput]) -> tuple[list[int], list[int], int]:
+def refinement_split(inputs: Sequence[CalibrationInput]) -> tuple[list[int], list[int], int]:
     """(samples fitted to, samples that judge, pictures held out) of all that is fitted to a whole quantized model:
     every JUDGED-th picture judges Jacobi rounds and fine-tuning alike.
 

@@ -14,7 +14,7 @@ from toolchain.checkpoint.modules import patch_rows
 from toolchain.errors import InputDataError
 from toolchain.values import LayerSpec
 
-# A tied table is read twice: as the head, where the head's inputs weigh columns, and as the embedding, where none
+# A tied matrix is read twice: as the head, where the head's inputs weigh columns, and as the embedding, where none
 # counts more than another. Half of the metric for each.
 EMBEDDING_SHARE = 0.5
 
@@ -40,7 +40,7 @@ class _Sums:
             self.tokens[modality] = self.tokens.get(modality, 0) + len(rows)
 
     def moments(self) -> Moments:
-        """Every modality that is present has equal mass, however many tokens it has."""
+        """Every modality that is present has equal token weight, however many tokens it has."""
         means = [self.sums[name] / self.tokens[name] for name in self.sums]
         return Moments(torch.stack(means).mean(dim=0), sum(self.tokens.values()))
 
@@ -55,8 +55,8 @@ def collect_moments(
     """Layer name → moments of its input over all forward passes, accumulated in float32.
 
     Layers of one group read the same input and share one `Moments`. A forward pass stops at the last layer asked
-    about, which is not run itself. In decoder layers picture and text tokens have half of the mass each; the head is
-    asked about text positions only, because what it says at a picture's is never read.
+    about, which is not run itself. In decoder layers picture and text tokens have half of the token weight each; the
+    head is asked about text positions only, because what it says at a picture's is never read.
 
     Raises:
         InputDataError: no input reaches a layer.

@@ -49,7 +49,7 @@ def answered(
         def make(asked: list[Sample] = asked) -> tuple[dict, list[str]]:
             return {}, _answers(host, graphs(), asked, most_tokens)
 
-        texts = store.made(f"answers.{number}", make)[1] if store else make()[1]
+        texts = store.get_or_make(f"answers.{number}", make)[1] if store else make()[1]
         for place, text in zip(places, texts, strict=True):
             filled[place] = replace(samples[place], answer=text)
         done += len(places)

@@ -29,7 +29,7 @@ class MgvqConfig(QuantizationConfigMixin):
 
 @register_quantizer("mgvq")
 class MgvqQuantizer(HfQuantizer):
-    """Builds the quantized modules before loading, and ties tables and head after it."""
+    """Builds the quantized modules before loading, and ties codebooks and head after it."""
 
     requires_calibration = True
 

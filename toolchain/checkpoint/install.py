@@ -1,4 +1,4 @@
-"""Putting quantized modules into a model, and tying what is stored once: tables, and a head and its embedding."""
+"""Putting quantized modules into a model, and tying what is stored once: codebooks, and a head and its embedding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolchain.checkpoint.modules import VQModule, VQTables, replacement_for, vq_modules
+from toolchain.checkpoint.modules import VQCodebooks, VQModule, replacement_for, vq_modules
 from toolchain.checkpoint.segmented import VQSegmentedLinear, segmented_replacement
 from toolchain.errors import InputDataError, ShapeError
 from toolchain.values import BitPlan, LayerPlan
 
-TABLES = "mgvq_tables"
+CODEBOOKS = "mgvq_tables"
 LAYER_KEYS = ("part", "kind", "rows", "columns", "group", "code", "table", "tied_to")
 OPTIONAL_KEYS = {"rotation": 0}  # key → what a layer has that does not name it
 
@@ -66,26 +66,26 @@ def install_layer(model: nn.Module, layer: LayerPlan) -> VQModule | VQSegmentedL
 
 
 def install_layers(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
-    """Empty modules for all layers and the tables they share, ready for a state dict to be loaded."""
+    """Empty modules for all layers and the codebooks they share, ready for a state dict to be loaded."""
     for layer in layers:
         install_layer(model, layer)
-    install_tables(model, layers)
+    install_codebooks(model, layers)
     link_shared(model, layers)
 
 
-def install_tables(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
-    """Register `mgvq_tables` on the model's root: one buffer a table id, empty."""
+def install_codebooks(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
+    """Register `mgvq_tables` on the model's root: one buffer a codebook id, empty."""
     codes = {piece.table: piece.vq_code for layer in layers for piece in layer.pieces}
     device = next(iter(vq_modules(model).values())).codes.device
-    model.register_module(TABLES, VQTables(codes, device))
+    model.register_module(CODEBOOKS, VQCodebooks(codes, device))
 
 
 def link_shared(model: nn.Module, layers: tuple[LayerPlan, ...]) -> None:
-    """Hand every module its table, tie tied modules, and tell the library there is no dense weight left to tie."""
+    """Hand every module its codebook, tie tied modules, and tell the library there is no dense weight left to tie."""
     modules = vq_modules(model)
-    tables = model.get_submodule(TABLES)
+    codebooks = model.get_submodule(CODEBOOKS)
     for piece in (piece for layer in layers for piece in layer.pieces):
-        modules[piece.name].table = tables.get_buffer(piece.table)
+        modules[piece.name].codebook = codebooks.get_buffer(piece.table)
     for layer in layers:
         if layer.tied_to:
             modules[layer.name].tie_to(modules[layer.tied_to])
@@ -106,14 +106,14 @@ def untie_dense(model: nn.Module) -> None:
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse scales or tables that no quantization writes.
+    """Refuse scales or codebooks that no quantization writes.
 
     Raises:
-        InputDataError: a scale or a table entry is not finite, or a scale is negative.
+        InputDataError: a scale or a codebook entry is not finite, or a scale is negative.
     """
     for name, module in vq_modules(model).items():
-        scales, table = module.scales.float(), module.table.float()
+        scales, codebook = module.scales.float(), module.codebook.float()
         if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
             raise InputDataError(f"{name}.scales: expected finite values of at least 0; copy or quantize again")
-        if not bool(torch.isfinite(table).all()):
-            raise InputDataError(f"{TABLES}.{module.table_id}: expected finite values; copy or quantize again")
+        if not bool(torch.isfinite(codebook).all()):
+            raise InputDataError(f"{CODEBOOKS}.{module.codebook_id}: expected finite values; copy or quantize again")

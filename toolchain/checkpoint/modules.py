@@ -18,15 +18,15 @@ from toolchain.checkpoint.rotated import RotatedInput
 from toolchain.errors import ShapeError
 from toolchain.native import forward, order
 from toolchain.values import CHUNK_ROWS, ROW_GROUP, ROW_STRIDE, LayerPlan, VQCode
-from toolchain.vq.rotation import BLOCKS, turn_back
+from toolchain.vq.rotation import BLOCKS, inverse_rotate
 from toolchain.vq.weights import VQWeights
 
 # Buffers whose dtype is part of the format: model.half() or model.to(bfloat16) must not touch it.
-FORMAT_BUFFERS = ("table", "scales")
+FORMAT_BUFFERS = ("codebook", "scales")
 
 
 def chunk_windows(chunks: Tensor, code: VQCode, windows: Tensor) -> Tensor:
-    """Table indices int32[..., T]: for each chunk uint8[..., 2k] the windows int64[T] or [..., T] asked for.
+    """Codebook indices int32[..., T]: for each chunk uint8[..., 2k] the windows int64[T] or [..., T] asked for.
 
     Window t is L bits from bit k·t, wrapping. L ≤ 9 and the first bit's place in its byte ≤ 7, so two bytes hold it.
     """
@@ -38,24 +38,31 @@ def chunk_windows(chunks: Tensor, code: VQCode, windows: Tensor) -> Tensor:
 
 
 def decode_weight(
-    codes: Tensor, table: Tensor, scales: Tensor, code: VQCode, rows: int, columns: int, dtype: torch.dtype
+    codes: Tensor, codebook: Tensor, scales: Tensor, code: VQCode, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """Ŵ [rows, columns] in `dtype`, rounded once from the float32 product scale · entry.
 
     Args:
         codes: uint8[bytes] in checkpoint order.
-        table: [2^L, V], int8 or float16.
+        codebook: [2^L, V], int8 or float16.
         scales: float16[rows].
     """
     chunks = codes.reshape(*code.chunk_shape(rows, columns), code.chunk_bytes)
     indices = chunk_windows(chunks, code, torch.arange(CHUNK_ROWS, device=codes.device))
-    unit = table.float()[indices.permute(0, 3, 1, 2)]
+    unit = codebook.float()[indices.permute(0, 3, 1, 2)]
     unit = unit.reshape(-1, chunks.shape[2] * code.vector)[:rows, :columns]
     return (unit * scales.float()[:, None]).to(dtype)
 
 
 def decode_rows(
-    ids: Tensor, codes: Tensor, table: Tensor, scales: Tensor, code: VQCode, rows: int, columns: int, dtype: torch.dtype
+    ids: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    scales: Tensor,
+    code: VQCode,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Rows `ids` of Ŵ, [*ids.shape, columns] in `dtype`; only the chunks that hold them are read."""
     flat = ids.reshape(-1)
@@ -63,16 +70,16 @@ def decode_rows(
     within = flat % ROW_GROUP
     mine = chunks[flat // ROW_GROUP, within % ROW_STRIDE]
     indices = chunk_windows(mine, code, (within // ROW_STRIDE)[:, None, None])
-    unit = table.float()[indices].reshape(len(flat), -1)[:, :columns]
+    unit = codebook.float()[indices].reshape(len(flat), -1)[:, :columns]
     return (unit * scales.float()[flat, None]).to(dtype).reshape(*ids.shape, columns)
 
 
 class VQModule(nn.Module):
-    """Codes, scales and table of one weight; `table_id` names the shared table the checkpoint stores for it.
+    """Codes, scales and codebook of one weight; `codebook_id` names the shared codebook the checkpoint stores for it.
 
-    Buffers: codes uint8[bytes] in checkpoint order, scales float16[rows], table (not in the state dict: shared tables
-    are stored once, see `VQTables`). `compute_dtype` is the dtype of the dense weight this stands for; `.to(dtype)`
-    moves it.
+    Buffers: codes uint8[bytes] in checkpoint order, scales float16[rows], codebook (not in the state dict: shared
+    codebooks are stored once, see `VQCodebooks`). `compute_dtype` is the dtype of the dense weight this stands for;
+    `.to(dtype)` moves it.
 
     Once the kernels have run, the buffer's bytes are in device order (`kernels.order`), without a second copy: `codes`
     then gives a permuted copy, and the state dict holds checkpoint order as ever. Only `buffers()` shows the bytes as
@@ -81,17 +88,19 @@ class VQModule(nn.Module):
 
     codes: Tensor
     scales: Tensor
-    table: Tensor
+    codebook: Tensor
 
-    def __init__(self, code: VQCode, rows: int, columns: int, table_id: str, dtype: torch.dtype, device=None) -> None:
+    def __init__(
+        self, code: VQCode, rows: int, columns: int, codebook_id: str, dtype: torch.dtype, device=None
+    ) -> None:
         super().__init__()
-        self.code, self.rows, self.columns, self.table_id = code, rows, columns, table_id
+        self.code, self.rows, self.columns, self.codebook_id = code, rows, columns, codebook_id
         self.compute_dtype = dtype
-        table_shape = (code.entries, code.vector)
+        codebook_shape = (code.entries, code.vector)
         self.register_buffer("codes", torch.zeros(code.codes_bytes(rows, columns), dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(rows, dtype=torch.float16, device=device))
-        table = torch.zeros(table_shape, dtype=getattr(torch, code.table_dtype), device=device)
-        self.register_buffer("table", table, persistent=False)
+        codebook = torch.zeros(codebook_shape, dtype=getattr(torch, code.codebook_dtype), device=device)
+        self.register_buffer("codebook", codebook, persistent=False)
         self._decoded: Tensor | None = None
         self._tied_to: tuple[VQModule, ...] = ()
 
@@ -106,7 +115,7 @@ class VQModule(nn.Module):
                 f"expected weights of {self.rows}x{self.columns} in code {self.code}, found "
                 f"{weights.rows}x{weights.columns} in code {weights.code}"
             )
-        self.codes, self.scales, self.table = weights.codes, weights.scales, weights.table
+        self.codes, self.scales, self.codebook = weights.codes, weights.scales, weights.codebook
 
     def tie_to(self, source: VQModule) -> None:
         """Use the source's buffers; this module then stores none of its own."""
@@ -117,7 +126,7 @@ class VQModule(nn.Module):
 
     def _share_buffers(self) -> None:
         for source in self._tied_to:
-            self.codes, self.scales, self.table = source._stored_codes, source.scales, source.table
+            self.codes, self.scales, self.codebook = source._stored_codes, source.scales, source.codebook
 
     def __getattr__(self, name: str) -> Any:
         found: Any = super().__getattr__(name)
@@ -163,7 +172,7 @@ class VQModule(nn.Module):
         """Ŵ [rows, columns] in `dtype`: decoded now, or the copy `keep_decoded` holds."""
         if self._decoded is not None and self._decoded.dtype == dtype:
             return self._decoded
-        return decode_weight(self.codes, self.table, self.scales, self.code, self.rows, self.columns, dtype)
+        return decode_weight(self.codes, self.codebook, self.scales, self.code, self.rows, self.columns, dtype)
 
     def keep(self, kept: bool) -> None:
         """Hold a decoded copy in `compute_dtype` from now on, or let it go."""
@@ -177,7 +186,7 @@ class VQModule(nn.Module):
         return self.dense(self.compute_dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.rows}x{self.columns}, code={self.code}, table={self.table_id}"
+        return f"{self.rows}x{self.columns}, code={self.code}, codebook={self.codebook_id}"
 
 
 class VQLinear(VQModule):
@@ -188,9 +197,9 @@ class VQLinear(VQModule):
     """
 
     def __init__(
-        self, code, rows, columns, table_id, dtype, device=None, bias: bool = False, rotation: int = 0
+        self, code, rows, columns, codebook_id, dtype, device=None, bias: bool = False, rotation: int = 0
     ) -> None:
-        super().__init__(code, rows, columns, table_id, dtype, device)
+        super().__init__(code, rows, columns, codebook_id, dtype, device)
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.rotation = rotation
         if rotation:
@@ -199,7 +208,7 @@ class VQLinear(VQModule):
     @property
     def weight(self) -> Tensor:
         stored = super().weight
-        return turn_back(stored, self.rotation) if self.rotation else stored
+        return inverse_rotate(stored, self.rotation) if self.rotation else stored
 
     def forward(self, x: Tensor) -> Tensor:
         if self._decoded is not None:
@@ -223,8 +232,8 @@ class VQConv(VQLinear):
     The weight is that of the convolution with everything but its outputs flattened.
     """
 
-    def __init__(self, code, rows, columns, table_id, dtype, device=None, bias=False, kernel=()) -> None:
-        super().__init__(code, rows, columns, table_id, dtype, device, bias)
+    def __init__(self, code, rows, columns, codebook_id, dtype, device=None, bias=False, kernel=()) -> None:
+        super().__init__(code, rows, columns, codebook_id, dtype, device, bias)
         self.kernel = tuple(kernel)
         if columns % math.prod(self.kernel):
             raise ShapeError(f"expected columns in whole kernels of {self.kernel}, found {columns}")
@@ -246,18 +255,18 @@ class VQEmbedding(VQModule):
         rows = forward.embedding(self, ids)
         if rows is not None:
             return rows
-        stored = (self.codes, self.table, self.scales)
+        stored = (self.codes, self.codebook, self.scales)
         return decode_rows(ids, *stored, self.code, self.rows, self.columns, self.compute_dtype)
 
 
-class VQTables(nn.Module):
-    """The tables of a model, one buffer an id, as the checkpoint stores them (`mgvq_tables.<id>`)."""
+class VQCodebooks(nn.Module):
+    """The codebooks of a model, one buffer an id, as the checkpoint stores them (`mgvq_tables.<id>`)."""
 
     def __init__(self, codes: dict[str, VQCode], device=None) -> None:
         super().__init__()
-        for table_id, code in codes.items():
-            dtype = getattr(torch, code.table_dtype)
-            self.register_buffer(table_id, torch.zeros(code.entries, code.vector, dtype=dtype, device=device))
+        for codebook_id, code in codes.items():
+            dtype = getattr(torch, code.codebook_dtype)
+            self.register_buffer(codebook_id, torch.zeros(code.entries, code.vector, dtype=dtype, device=device))
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)

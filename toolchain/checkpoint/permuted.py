@@ -19,36 +19,36 @@ from toolchain.errors import InputDataError
 from toolchain.files.folders import read_json
 from toolchain.models.configs import Config
 from toolchain.models.family import Family
-from toolchain.models.permutations import apply_orders
+from toolchain.models.permutations import apply_permutations
 
-ORDERS = "orders.json"
-
-
-def deal_model(model: nn.Module, family: Family, config: Config, orders: Mapping[str, Tensor]) -> None:
-    """Fold the orders into a dense model, whose outputs do not change."""
-    apply_orders(model, orders, family.free_orders(config))
+PERMUTATIONS = "orders.json"
 
 
-def load_dealt(base: Checkpoint, family: Family, orders: Mapping[str, Tensor]) -> nn.Module:
-    """The float model of a checkpoint, its columns in the orders of a model quantized from it."""
+def permute_model(model: nn.Module, family: Family, config: Config, permutations: Mapping[str, Tensor]) -> None:
+    """Fold the permutations into a dense model, whose outputs do not change."""
+    apply_permutations(model, permutations, family.free_permutations(config))
+
+
+def load_permuted(base: Checkpoint, family: Family, permutations: Mapping[str, Tensor]) -> nn.Module:
+    """The float model of a checkpoint, its columns in the permutations of a model quantized from it."""
     model = load_model(base)
-    deal_model(model, family, base.config, orders)
+    permute_model(model, family, base.config, permutations)
     return model
 
 
-def write_orders(folder: Path, orders: Mapping[str, Tensor]) -> None:
-    """orders.json: free order → the old index of every new one."""
-    text = json.dumps({name: order.tolist() for name, order in orders.items()}, separators=(",", ":"))
-    (folder / ORDERS).write_text(text + "\n", encoding="utf-8")
+def write_permutations(folder: Path, permutations: Mapping[str, Tensor]) -> None:
+    """orders.json: free permutation → the old index of every new one."""
+    text = json.dumps({name: order.tolist() for name, order in permutations.items()}, separators=(",", ":"))
+    (folder / PERMUTATIONS).write_text(text + "\n", encoding="utf-8")
 
 
-def read_orders(folder: Path) -> dict[str, Tensor]:
-    """The orders a quantized checkpoint's columns are in; none where it carries none.
+def read_permutations(folder: Path) -> dict[str, Tensor]:
+    """The permutations a quantized checkpoint's columns are in; none where it carries none.
 
     Raises:
-        InputDataError: the file is not what `write_orders` writes.
+        InputDataError: the file is not what `write_permutations` writes.
     """
-    path = Path(folder) / ORDERS
+    path = Path(folder) / PERMUTATIONS
     if not path.is_file():
         return {}
     data = read_json(path)

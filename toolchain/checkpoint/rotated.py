@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.vq.rotation import rotate, turn_back
+from toolchain.vq.rotation import inverse_rotate, rotate
 
 
 class RotatedInput:
@@ -34,7 +34,7 @@ def rotate_model(model: nn.Module, blocks: Mapping[str, int]) -> None:
         module.register_forward_pre_hook(RotatedInput(block))
 
 
-def turn_model_back(model: nn.Module, blocks: Mapping[str, int]) -> None:
+def inverse_rotate_model(model: nn.Module, blocks: Mapping[str, int]) -> None:
     """Undo `rotate_model`."""
     for name, block in blocks.items():
         hooks = model.get_submodule(name)._forward_pre_hooks
@@ -42,4 +42,4 @@ def turn_model_back(model: nn.Module, blocks: Mapping[str, int]) -> None:
             del hooks[key]
         with torch.no_grad():
             weight = model.get_parameter(f"{name}.weight")
-            weight.copy_(turn_back(weight.float(), block))
+            weight.copy_(inverse_rotate(weight.float(), block))

@@ -15,7 +15,7 @@ from toolchain import __version__
 from toolchain.bits.bitplan import real_bits
 from toolchain.checkpoint.folder import WEIGHTS, Checkpoint
 from toolchain.checkpoint.install import (
-    TABLES,
+    CODEBOOKS,
     layers_json,
 )
 from toolchain.files.folders import sha256_file, write_json
@@ -34,8 +34,8 @@ def kept_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def is_format_tensor(name: str) -> bool:
-    """Whether a stored tensor is codes, scales or a table, whose dtype is part of the format."""
-    return name.startswith(f"{TABLES}.") or name.endswith((".codes", ".scales"))
+    """Whether a stored tensor is codes, scales or a codebook, whose dtype is part of the format."""
+    return name.startswith(f"{CODEBOOKS}.") or name.endswith((".codes", ".scales"))
 
 
 def _as_kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:

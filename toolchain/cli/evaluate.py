@@ -144,7 +144,7 @@ def evaluate(
     from toolchain.calibration.manifest import read_manifest
     from toolchain.checkpoint.loading import load_any
     from toolchain.checkpoint.modules import keep_decoded
-    from toolchain.checkpoint.permuted import read_orders
+    from toolchain.checkpoint.permuted import read_permutations
     from toolchain.evaluate.answers import answer_all, checkpoint_log_probabilities, divergence_from, refuse_overlap
     from toolchain.evaluate.layer_errors import checkpoint_layer_errors
     from toolchain.models.configs import read_config
@@ -170,7 +170,7 @@ def evaluate(
         interval = divergence_from(expected, loaded, processor, samples, 0, progress) if expected else None
         lost = None
         if layers and reference:
-            lost = checkpoint_layer_errors(reference, loaded, samples, progress, read_orders(model))
+            lost = checkpoint_layer_errors(reference, loaded, samples, progress, read_permutations(model))
     result, text = _evaluation(found)
     if interval:
         result |= interval.to_json()

@@ -85,7 +85,7 @@ def plan(
     board = load_target(target)
     average, budget_bytes = bits_or_budget(bits, budget)
     picture, chosen = parse_image(image), stored_method(method)
-    recipe = (chosen.overlaps, chosen.tables)
+    recipe = (chosen.overlaps, chosen.codebooks)
     planned = plan_model(model, board, average, context, picture, budget_bytes, (), *recipe)
     emit(planned.to_json(), planned.text(), form)
     if planned.problems:

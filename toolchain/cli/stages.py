@@ -46,7 +46,8 @@ def quantize(
     bits: BitsOption = None,
     budget: BudgetOption = None,
     method: Annotated[
-        str, typer.Option(help="mgvq (-part takes a part out, +part in, +tables=CHOICE), or gptq, gptvq, nearest, rtn.")
+        str,
+        typer.Option(help="mgvq (-part takes a part out, +part in, +codebooks=CHOICE), or gptq, gptvq, nearest, rtn."),
     ] = "mgvq",
     code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
     seed: SeedOption = 0,
@@ -100,7 +101,7 @@ def _limits(
     average, budget_bytes = bits_or_budget(bits, budget)
     method = stored_method(name)
     if budget_bytes is not None:
-        formats = plan_formats(model, average, budget_bytes, tuple(overrides), method.overlaps, method.tables)
+        formats = plan_formats(model, average, budget_bytes, tuple(overrides), method.overlaps, method.codebooks)
         if problem := over_budget(formats, budget_bytes):
             raise BudgetError(f"{model}: {problem}")
     return (average, None) if average is not None else (None, budget_bytes)

@@ -19,7 +19,7 @@ from toolchain.calibration.self_answers import answered
 from toolchain.checkpoint.folder import DTYPE_BYTES, Checkpoint, open_checkpoint
 from toolchain.checkpoint.loading import load_model, load_quantized
 from toolchain.checkpoint.modules import keep_decoded
-from toolchain.checkpoint.permuted import load_dealt, read_orders
+from toolchain.checkpoint.permuted import load_permuted, read_permutations
 from toolchain.errors import UsageError
 from toolchain.evaluate.answers import (
     answer_all,
@@ -37,7 +37,7 @@ from toolchain.models.runner import torch_graphs
 from toolchain.quantize.baselines.dense import quantize_dense
 from toolchain.quantize.baselines.registry import COMPARED
 from toolchain.quantize.checkpoint import quantize_checkpoint
-from toolchain.quantize.driver.request import QuantizeSettings, open_job
+from toolchain.quantize.driver.request import QuantizeSettings, open_request
 from toolchain.quantize.driver.sequence import LayerResult
 from toolchain.quantize.methods import Method, parse_method
 from toolchain.values import ANSWER_TOKENS, SILENT, LayerSpec, Progress, Sample
@@ -51,7 +51,7 @@ class Quantized:
     bits: dict[str, BitCount]
     layers: tuple[LayerResult, ...]
     seconds: float
-    orders: Mapping[str, Tensor] = field(default_factory=dict)
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check_methods(names: Sequence[str], against: str | None = None) -> tuple[tuple[Method, ...], str | None]:
@@ -120,7 +120,7 @@ def compare_methods(
     pictures; a row:
 
         method            as asked for
-        bits              real bits a weight over the model: codes, padding, tables, scales, and all that stays
+        bits              real bits a weight over the model: codes, padding, codebooks, scales, and all that stays
         language_bits     the same over the language model alone
         index_bits        of the quantized weights; null for full precision
         requested_bits    what was asked for; null for full precision
@@ -237,20 +237,22 @@ def _quantize(bench: _Bench, method: Method, bits: float, seed: int) -> Quantize
     # Lines without an answer are answered already, where they are to be.
     settings = QuantizeSettings(method.name, bits, seed=seed, answer_tokens=0)
     if not method.fits_checkpoint:
-        job = replace(open_job(bench.base, settings), inputs=calibration_inputs(bench.processor, bench.calibration))
-        dense = quantize_dense(job, COMPARED[method.name], bench.progress)
+        request = replace(
+            open_request(bench.base, settings), inputs=calibration_inputs(bench.processor, bench.calibration)
+        )
+        dense = quantize_dense(request, COMPARED[method.name], bench.progress)
         return Quantized(dense.model, dense.bits, dense.layers, dense.seconds)
     with tempfile.TemporaryDirectory(prefix="mgvq-compare-") as temporary:
         out = Path(temporary) / method.name
         result = quantize_checkpoint(bench.base, bench.calibration, out, settings, bench.progress)
-        return Quantized(load_quantized(out), result.bits, result.layers, result.seconds, read_orders(out))
+        return Quantized(load_quantized(out), result.bits, result.layers, result.seconds, read_permutations(out))
 
 
 def _layers(bench: _Bench, found: Quantized) -> tuple[dict[str, Any], ...]:
     """`layers` of a row: the layers as they were quantized, then those whose codes are tied to one of them."""
     dense = bench.dense
-    if found.orders:
-        dense = load_dealt(bench.base, bench.family, found.orders)
+    if found.permutations:
+        dense = load_permuted(bench.base, bench.family, found.permutations)
     errors = layer_errors(dense, found.model, bench.inputs, bench.specs, bench.progress)
     measured = {error.name: error.to_json() for error in errors}
     tied_to = {spec.name: spec.tied_to for spec in bench.specs}

@@ -18,7 +18,7 @@ from toolchain.calibration.inputs import CalibrationInput, calibration_inputs
 from toolchain.checkpoint.folder import open_checkpoint
 from toolchain.checkpoint.loading import load_any
 from toolchain.checkpoint.modules import keep_decoded, patch_rows
-from toolchain.checkpoint.permuted import load_dealt
+from toolchain.checkpoint.permuted import load_permuted
 from toolchain.checkpoint.segmented import vq_layers
 from toolchain.errors import ShapeError, UsageError
 from toolchain.models.registry import family_for
@@ -88,7 +88,7 @@ def layer_errors(
 ) -> tuple[LayerError, ...]:
     """The error of every layer alone, one a spec in their order, on the inputs that full precision gives it.
 
-    Layers that a tied table stands in for are measured as what they do: the head by its outputs, the embedding by the
+    Layers that a tied matrix stands in for are measured as what they do: the head by its outputs, the embedding by the
     rows that the inputs' tokens take.
 
     Args:
@@ -175,14 +175,14 @@ def checkpoint_layer_errors(
     model: nn.Module,
     samples: Sequence[Sample],
     progress: Progress,
-    orders: Mapping[str, Tensor] | None = None,
+    permutations: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """{"name", "part", "code", "error_text", "error_image", "error_both"} of every layer of `model` that is quantized.
 
     Args:
         folder: the checkpoint to measure from, as a rule the full-precision one `model` was made from. It is gone from
             memory afterwards.
-        orders: that the quantized model's columns are in (`dealing.read_orders`).
+        permutations: that the quantized model's columns are in (`dealing.read_permutations`).
 
     Raises:
         InputDataError: the checkpoint is broken.
@@ -195,7 +195,7 @@ def checkpoint_layer_errors(
     config, family = base.config, family_for(base.config)
     specs = [spec for spec in family.layers(config) if spec.name in codes]
     inputs = calibration_inputs(family.load_processor(base.folder, config), samples)
-    reference = load_dealt(base, family, orders) if orders else load_any(base)
+    reference = load_permuted(base, family, permutations) if permutations else load_any(base)
     with keep_decoded(reference):
         errors = layer_errors(reference, model, inputs, specs, progress)
     return [{"name": e.name, "part": e.part, "code": codes[e.name]} | e.to_json() for e in errors]

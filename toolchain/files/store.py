@@ -133,7 +133,9 @@ class ObjectStore:
         for path in self._files(name):
             path.unlink()
 
-    def made(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+    def get_or_make(
+        self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]
+    ) -> tuple[dict[str, Tensor], Any]:
         """The piece of that name, made now where it is not there."""
         found = self.get(name)
         if found is None:
@@ -192,9 +194,11 @@ class Pieces:
         """As the store's."""
         self.store.put(f"{self.prefix}.{name}", tensors, value)
 
-    def made(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+    def get_or_make(
+        self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]
+    ) -> tuple[dict[str, Tensor], Any]:
         """As the store's."""
-        return self.store.made(f"{self.prefix}.{name}", make)
+        return self.store.get_or_make(f"{self.prefix}.{name}", make)
 
     def drop(self, name: str) -> None:
         """As the store's."""

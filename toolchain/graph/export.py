@@ -168,7 +168,7 @@ def _attach_weights(graph: ir.Graph, node: ir.Node, twin: Twin, layer: str) -> N
     node.name = next(name for name in (layer, *(f"{layer}.{n}" for n in range(1, len(taken) + 2))) if name not in taken)
     weights = [
         (f"{layer}.codes", twin.symbols),
-        (f"mgvq_tables.{twin.table_id}", twin.table),
+        (f"mgvq_tables.{twin.codebook_id}", twin.table),
         (f"{layer}.scales", twin.scales),
     ]
     if twin.bias is not None:

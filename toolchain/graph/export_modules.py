@@ -24,10 +24,15 @@ class Twin(nn.Module):
 
     def __init__(self, module: VQModule) -> None:
         super().__init__()
-        self.code, self.rows, self.columns, self.table_id = module.code, module.rows, module.columns, module.table_id
+        self.code, self.rows, self.columns, self.codebook_id = (
+            module.code,
+            module.rows,
+            module.columns,
+            module.codebook_id,
+        )
         symbols = vq_format.unpack(module.codes.numpy(), module.code, module.rows, module.columns)
         self.register_buffer("symbols", torch.from_numpy(symbols))
-        self.register_buffer("table", module.table.float())
+        self.register_buffer("table", module.codebook.float())
         self.register_buffer("scales", module.scales.float())
         bias = getattr(module, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)

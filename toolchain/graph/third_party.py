@@ -198,7 +198,7 @@ def _quantize(
 def _stored(name: str, table_name: str, weights: VQWeights) -> StoredWeight:
     symbols = vq_format.unpack(weights.codes.numpy(), weights.code, weights.rows, weights.columns)
     return StoredWeight(
-        name, table_name, weights.code, symbols, weights.table.float().numpy(), weights.scales.float().numpy()
+        name, table_name, weights.code, symbols, weights.codebook.float().numpy(), weights.scales.float().numpy()
     )
 
 

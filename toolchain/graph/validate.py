@@ -23,7 +23,7 @@ import torch
 from toolchain.checkpoint.folder import open_checkpoint
 from toolchain.checkpoint.loading import load_quantized
 from toolchain.checkpoint.modules import keep_decoded
-from toolchain.checkpoint.permuted import load_dealt, read_orders
+from toolchain.checkpoint.permuted import load_permuted, read_permutations
 from toolchain.device.engines.compare import Source, ValidationReport, answered, compare_calls, half_budgets
 from toolchain.device.engines.recorded_calls import Call, record_calls, store_reference
 from toolchain.device.families import Prepared
@@ -146,7 +146,7 @@ def validate_line(
     with keep_decoded(loaded):
         calls = _recorded(host, torch_graphs(family, loaded), prompts, steps)
         expected = [_generate(loaded, processor, sample) for sample in samples]
-    full = load_dealt(open_checkpoint(model), family, read_orders(quantized))
+    full = load_permuted(open_checkpoint(model), family, read_permutations(quantized))
     floating = answered(Source(FLOAT, torch_graphs(family, full)), calls)
     half = answered(Source(FLOAT, torch_graphs(family, full.half())), calls)
     exact = answered(Source(EXACT_DEVICE, device_graphs(device, "float32")), calls)

@@ -19,7 +19,7 @@ from toolchain.values import LayerSpec, Sample
 if TYPE_CHECKING:
     import torch
 
-    from toolchain.models.permutations import FreeOrder
+    from toolchain.models.permutations import FreePermutation
     from toolchain.plan.geometry import ModelGeometry
 
 CONTEXT_LIMIT = 4096  # the longest context that engines are built for
@@ -100,8 +100,8 @@ class Family(ABC):
         """Every weight that can be quantized, in the order of the forward pass; from config.json alone."""
 
     @abstractmethod
-    def free_orders(self, config: Config) -> tuple[FreeOrder, ...]:
-        """Every column order that can be folded into what produces the columns; from config.json alone.
+    def free_permutations(self, config: Config) -> tuple[FreePermutation, ...]:
+        """Every column permutation that can be folded into what produces the columns; from config.json alone.
 
         The columns of every layer are in exactly one of them, those of the patch embedding (pixels) excepted.
         """

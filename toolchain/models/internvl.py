@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from toolchain.errors import UnsupportedError
 from toolchain.models import configs
 from toolchain.models import family as base
-from toolchain.models.permutations import FreeOrder, Place, columns_of, decoder_orders, free_order, norm_of, rows_of
+from toolchain.models.permutations import (
+    FreePermutation,
+    Place,
+    columns_of,
+    decoder_permutations,
+    free_permutation,
+    norm_of,
+    rows_of,
+)
 from toolchain.models.qwen2_vl import decoder_profiles, decoder_settings
 from toolchain.plan.images import CLIP_MEAN, CLIP_STD
 from toolchain.values import LayerSpec
@@ -53,13 +61,13 @@ class InternVL(base.Family):
             specs.append(LayerSpec(full, "projector", "linear", hidden, columns, full, depth + 2, True))
         return (*specs, *base.decoder_layers(text, DECODER, depth + 3, biases), head)
 
-    def free_orders(self, config: configs.Config) -> tuple[FreeOrder, ...]:
+    def free_permutations(self, config: configs.Config) -> tuple[FreePermutation, ...]:
         specs = {spec.name: spec for spec in self.layers(config)}
         first, last = f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"
-        hidden = free_order(PROJECTOR, specs[last].columns, [columns_of(last)], rows_of(specs[first]))
+        hidden = free_permutation(PROJECTOR, specs[last].columns, [columns_of(last)], rows_of(specs[first]))
         text, embedding = configs.text_config(config), f"{DECODER}.embed_tokens"
-        decoder = decoder_orders(text, specs, DECODER, embedding, "lm_head", feeder=last)
-        return (*_tower_orders(config["vision_config"], specs), hidden, *decoder)
+        decoder = decoder_permutations(text, specs, DECODER, embedding, "lm_head", feeder=last)
+        return (*_tower_permutations(config["vision_config"], specs), hidden, *decoder)
 
     def geometry(self, config: configs.Config) -> ModelGeometry:
         from toolchain.plan.geometry import internvl_geometry
@@ -138,7 +146,7 @@ def _tower(name: str, kind: str, rows: int, columns: int, group: str | None, ord
     return LayerSpec(f"{TOWER}.{name}", "vision", kind, rows, columns, f"{TOWER}.{group or name}", order, bias)
 
 
-def _tower_orders(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
+def _tower_permutations(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[FreePermutation]:
     """The tower's residual stream, which the projector reads as neighbours side by side, then v and MLP a block."""
     width, unit = vision["hidden_size"], vision["hidden_size"] // vision["num_attention_heads"]
     neighbours = specs[f"{PROJECTOR}.linear_1"].columns // width
@@ -156,9 +164,9 @@ def _tower_orders(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[F
         for norm in ("layernorm_before", "layernorm_after"):
             producers += norm_of(f"{block}.{norm}", norm_has_bias)
         values = rows_of(specs[f"{attention}.v_proj"])
-        inside.append(free_order(attention, width, [columns_of(proj)], values, unit))
-        inside.append(free_order(f"{block}.mlp", specs[fc2].columns, [columns_of(fc2)], rows_of(specs[fc1])))
-    return [free_order(f"{TOWER}.residual", width, readers, producers), *inside]
+        inside.append(free_permutation(attention, width, [columns_of(proj)], values, unit))
+        inside.append(free_permutation(f"{block}.mlp", specs[fc2].columns, [columns_of(fc2)], rows_of(specs[fc1])))
+    return [free_permutation(f"{TOWER}.residual", width, readers, producers), *inside]
 
 
 def _stream_places(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[Place]:

@@ -1,10 +1,12 @@
-"""Column orders that cost nothing: where columns may be permuted because whatever produces them can be permuted too.
+"""Column permutations that cost nothing: where columns may be permuted because whatever produces them can be permuted
+too.
 
-A family names its free orders; a driver measures energies, deals an order for each and folds it into the parameters:
+A family names its free permutations; a driver measures energies, interleaves an order for each and folds it into the
+parameters:
 
-    free = family.free_orders(config)
-    orders = {f.name: dealt_order(f, combined_energies(f, diagonals), vector=4) for f in free}
-    apply_orders(model, orders, free)          # the same function, other columns
+    free = family.free_permutations(config)
+    permutations = {f.name: interleaved(f, combined_energies(f, diagonals), vector=4) for f in free}
+    apply_permutations(model, permutations, free)          # the same function, other columns
 
 An order says `order[new] = old` throughout. q and k keep theirs: rotary embedding ties their rows in pairs.
 """
@@ -40,7 +42,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class FreeOrder:
+class FreePermutation:
     """One order that can be chosen: what reads columns in it, and every place that has to follow.
 
     `size` indices, which stay inside consecutive units of `unit` (`unit == size`: any permutation). `readers` are
@@ -83,18 +85,19 @@ def norm_of(module: str, has_bias: bool, repeats: int = 1) -> tuple[Place, ...]:
     return tuple(Place(f"{module}.{name}", 0, 0, repeats) for name in names)
 
 
-def free_order(
+def free_permutation(
     name: str, size: int, readers: Sequence[Place], producers: Iterable[Place], unit: int | None = None
-) -> FreeOrder:
+) -> FreePermutation:
     """The order of these readers (see `columns_of`) and producers; free in everything unless a unit is given."""
     names = tuple(place.parameter.removesuffix(".weight") for place in readers)
-    return FreeOrder(name, size, unit or size, names, (*readers, *producers))
+    return FreePermutation(name, size, unit or size, names, (*readers, *producers))
 
 
-def decoder_orders(
+def decoder_permutations(
     text: Config, specs: Mapping[str, LayerSpec], decoder: str, embedding: str, head: str, feeder: str
-) -> list[FreeOrder]:
-    """The orders of a Llama-shaped decoder: its residual stream, then v/o inside heads and MLP hidden, block by block.
+) -> list[FreePermutation]:
+    """The permutations of a Llama-shaped decoder: its residual stream, then v/o inside heads and MLP hidden, block by
+    block.
 
     Args:
         text: the decoder's part of the config.
@@ -116,16 +119,16 @@ def decoder_orders(
         for norm in ("input_layernorm", "post_attention_layernorm"):
             producers += norm_of(f"{block}.{norm}", False)
         shared = columns_of(f"{attention}.o_proj", text["num_attention_heads"] // keys)
-        inside.append(free_order(attention, keys * unit, [shared], rows_of(specs[f"{attention}.v_proj"]), unit))
+        inside.append(free_permutation(attention, keys * unit, [shared], rows_of(specs[f"{attention}.v_proj"]), unit))
         hidden = [*rows_of(specs[f"{mlp}.gate_proj"]), *rows_of(specs[f"{mlp}.up_proj"])]
-        inside.append(free_order(mlp, text["intermediate_size"], [columns_of(f"{mlp}.down_proj")], hidden))
-    return [free_order(f"{decoder}.residual", text["hidden_size"], readers, producers), *inside]
+        inside.append(free_permutation(mlp, text["intermediate_size"], [columns_of(f"{mlp}.down_proj")], hidden))
+    return [free_permutation(f"{decoder}.residual", text["hidden_size"], readers, producers), *inside]
 
 
 def combined_energies(
-    free: FreeOrder, diagonals: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+    free: FreePermutation, diagonals: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    """Energies float32[size] of a free order: each reader's diag H divided by its mean, then averaged.
+    """Energies float32[size] of a free permutation: each reader's diag H divided by its mean, then averaged.
 
     Columns that share one index of the order (query heads of a KV head, the neighbours a merger reads side by side)
     are averaged first. An embedding has no inputs to weigh: give it a constant diagonal, which moves no rank.
@@ -165,8 +168,9 @@ def combined_energies(
     return total / sum(used.values())
 
 
-def dealt_order(free: FreeOrder, energies: Tensor, vector: int) -> Tensor:
-    """The dealt order int64[size] (`toolchain.vq.interleave`) of a free order, each unit dealt on its own.
+def interleaved(free: FreePermutation, energies: Tensor, vector: int) -> Tensor:
+    """The interleaved permutation int64[size] (`toolchain.vq.interleave`) of a free permutation, each unit interleaved
+    on its own.
 
     Raises:
         ShapeError: the unit is not a multiple of `vector`, or there are not `size` energies.
@@ -182,7 +186,7 @@ def dealt_order(free: FreeOrder, energies: Tensor, vector: int) -> Tensor:
     return (local + free.unit * torch.arange(len(local), device=local.device)[:, None]).reshape(-1)
 
 
-def column_order(free: FreeOrder, reader: str, order: Tensor) -> Tensor:
+def column_permutation(free: FreePermutation, reader: str, order: Tensor) -> Tensor:
     """int64[columns] of a reader: the old column that each new one was. W_new = W[:, it], H_new = H[it][:, it].
 
     Raises:
@@ -191,26 +195,28 @@ def column_order(free: FreeOrder, reader: str, order: Tensor) -> Tensor:
     return _expanded(_checked(free, order), free.unit, free.reader_place(reader).repeats)
 
 
-def apply_orders(model: nn.Module, orders: Mapping[str, Tensor], free_orders: Iterable[FreeOrder]) -> None:
+def apply_permutations(
+    model: nn.Module, permutations: Mapping[str, Tensor], free_permutations: Iterable[FreePermutation]
+) -> None:
     """Permute a dense model's parameters in place so that every named order is the one given; outputs do not change.
 
     Parameters keep their identity and ties. Orders that are not named stay. Everything is checked before anything is
     moved.
 
     Args:
-        orders: name of a free order → int64[size], `order[new] = old`.
+        permutations: name of a free permutation → int64[size], `order[new] = old`.
 
     Raises:
         ShapeError: an unknown name, not a permutation inside the units, or a model that has not the parameters or
-            shapes that the free order names, or has a bias that it does not name.
+            shapes that the free permutation names, or has a bias that it does not name.
     """
     import torch
 
-    known = {free.name: free for free in free_orders}
-    unknown = sorted(set(orders) - set(known))
+    known = {free.name: free for free in free_permutations}
+    unknown = sorted(set(permutations) - set(known))
     if unknown:
-        raise ShapeError(f"expected orders among {sorted(known)}, found {unknown}")
-    chosen = [(known[name], _checked(known[name], order)) for name, order in orders.items()]
+        raise ShapeError(f"expected permutations among {sorted(known)}, found {unknown}")
+    chosen = [(known[name], _checked(known[name], order)) for name, order in permutations.items()]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for free, _ in chosen:
         _check_places(free, parameters)
@@ -231,7 +237,7 @@ def _permute(parameter: Tensor, place: Place, index: Tensor) -> None:
     part.copy_(part.index_select(place.axis, index.to(parameter.device)))
 
 
-def _checked(free: FreeOrder, order: Tensor) -> Tensor:
+def _checked(free: FreePermutation, order: Tensor) -> Tensor:
     import torch
 
     if order.dtype != torch.int64 or order.shape != (free.size,):
@@ -252,13 +258,13 @@ def _expanded(order: Tensor, unit: int, repeats: int) -> Tensor:
     return (units - first * unit + copies).reshape(-1)
 
 
-def _check_places(free: FreeOrder, parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_places(free: FreePermutation, parameters: Mapping[str, nn.Parameter]) -> None:
     named = {place.parameter for place in free.places}
     for place in free.places:
         where = f"order {free.name}, parameter {place.parameter}"
         parameter = parameters.get(place.parameter)
         if parameter is None:
-            raise ShapeError(f"{where}: expected it in the model, found none; apply orders to the dense model")
+            raise ShapeError(f"{where}: expected it in the model, found none; apply permutations to the dense model")
         length = place.start + free.size * place.repeats
         if place.axis >= parameter.ndim or parameter.shape[place.axis] != length:
             raise ShapeError(f"{where}: expected {length} along axis {place.axis}, found {list(parameter.shape)}")

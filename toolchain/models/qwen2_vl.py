@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.models import configs
 from toolchain.models import family as base
-from toolchain.models.permutations import FreeOrder, columns_of, decoder_orders, free_order, norm_of, rows_of
+from toolchain.models.permutations import (
+    FreePermutation,
+    columns_of,
+    decoder_permutations,
+    free_permutation,
+    norm_of,
+    rows_of,
+)
 from toolchain.plan.images import CLIP_MEAN, CLIP_STD
 from toolchain.values import LayerSpec
 
@@ -50,15 +57,15 @@ class Qwen2VL(base.Family):
         specs += base.decoder_layers(text, DECODER, depth + 3, biases=True)
         return (*specs, head)
 
-    def free_orders(self, config: configs.Config) -> tuple[FreeOrder, ...]:
+    def free_permutations(self, config: configs.Config) -> tuple[FreePermutation, ...]:
         specs = {spec.name: spec for spec in self.layers(config)}
         merger = f"{TOWER}.merger.mlp"
-        hidden = free_order(
+        hidden = free_permutation(
             merger, specs[f"{merger}.2"].columns, [columns_of(f"{merger}.2")], rows_of(specs[f"{merger}.0"])
         )
         text, embedding = configs.text_config(config), f"{DECODER}.embed_tokens"
-        decoder = decoder_orders(text, specs, DECODER, embedding, "lm_head", feeder=f"{merger}.2")
-        return (*_tower_orders(_vision(config), specs), hidden, *decoder)
+        decoder = decoder_permutations(text, specs, DECODER, embedding, "lm_head", feeder=f"{merger}.2")
+        return (*_tower_permutations(_vision(config), specs), hidden, *decoder)
 
     def geometry(self, config: configs.Config) -> ModelGeometry:
         from toolchain.plan.geometry import qwen2_vl_geometry
@@ -184,7 +191,7 @@ def _part(name: str, part: str, kind: str, rows: int, columns: int, order: int, 
     return LayerSpec(full, part, kind, rows, columns, full, order, bias)
 
 
-def _tower_orders(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[FreeOrder]:
+def _tower_permutations(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[FreePermutation]:
     """The tower's residual stream, which the merger reads as neighbours side by side, then v/proj and MLP a block."""
     width, unit = vision["embed_dim"], vision["embed_dim"] // vision["num_heads"]
     neighbours = vision["spatial_merge_size"] ** 2
@@ -201,9 +208,9 @@ def _tower_orders(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[F
             producers += norm_of(f"{block}.{norm}", True)
         # The fused rows are q, k and v; only the last third is free.
         values = rows_of(specs[qkv], start=2 * width)
-        inside.append(free_order(f"{block}.attn", width, [columns_of(proj)], values, unit))
-        inside.append(free_order(f"{block}.mlp", specs[fc2].columns, [columns_of(fc2)], rows_of(specs[fc1])))
-    return [free_order(f"{TOWER}.residual", width, readers, producers), *inside]
+        inside.append(free_permutation(f"{block}.attn", width, [columns_of(proj)], values, unit))
+        inside.append(free_permutation(f"{block}.mlp", specs[fc2].columns, [columns_of(fc2)], rows_of(specs[fc1])))
+    return [free_permutation(f"{TOWER}.residual", width, readers, producers), *inside]
 
 
 def _vision_spec(model) -> base.GraphSpec:

@@ -22,7 +22,7 @@ class PackedWeight(Protocol):
     rows: int
     columns: int
     scales: Tensor
-    table: Tensor
+    codebook: Tensor
     compute_dtype: torch.dtype
 
     @property
@@ -42,10 +42,10 @@ def linear(module: PackedWeight, bias: Tensor | None, x: Tensor) -> Tensor:
         EnvironmentMismatch: x is on a CUDA device without a library that fits it.
     """
     if x.is_cuda and not decodes_with_torch():
-        return ops.linear(x, *stored(module), bias, DEFAULT_TACTIC)
+        return ops.linear(x, *op_arguments(module), bias, DEFAULT_TACTIC)
     if x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
         return F.linear(x, module.dense(x.dtype), bias)
-    return blocked.linear(x, module.codes, module.table, module.scales, module.code, module.columns, bias)
+    return blocked.linear(x, module.codes, module.codebook, module.scales, module.code, module.columns, bias)
 
 
 def embedding(module: PackedWeight, ids: Tensor) -> Tensor | None:
@@ -54,10 +54,10 @@ def embedding(module: PackedWeight, ids: Tensor) -> Tensor | None:
     """
     if not ids.is_cuda or decodes_with_torch():
         return None
-    return ops.embedding(ids, *stored(module), module.compute_dtype)
+    return ops.embedding(ids, *op_arguments(module), module.compute_dtype)
 
 
-def stored(module: PackedWeight) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], int]:
+def op_arguments(module: PackedWeight) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], int]:
     """The ops' weight arguments. Permutes the codes into device order the first time.
 
     Raises:
@@ -72,4 +72,4 @@ def stored(module: PackedWeight) -> tuple[list[Tensor], list[Tensor], list[Tenso
     ops.device_library(device.index)
     code = module.code
     formats = [code.vector, code.shift, code.window, module.columns]
-    return [module.device_codes()], [module.table], [module.scales], formats, module.rows
+    return [module.device_codes()], [module.codebook], [module.scales], formats, module.rows

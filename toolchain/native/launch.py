@@ -86,7 +86,7 @@ class Weight:
         for i, (code, columns) in enumerate(self.segments()):
             codes, table, scales = self.codes[i], self.tables[i], self.scales[i]
             _expect(codes, torch.uint8, (code.codes_bytes(self.rows, columns),), self.device, f"codes {i}")
-            _expect(table, getattr(torch, code.table_dtype), (code.entries, code.vector), self.device, f"table {i}")
+            _expect(table, getattr(torch, code.codebook_dtype), (code.entries, code.vector), self.device, f"table {i}")
             _expect(scales, torch.float16, (self.rows,), self.device, f"scales {i}")
             found.append(Segment(code, columns, codes.data_ptr(), table.data_ptr(), scales.data_ptr()))
         return matrix(tuple(found), self.rows)

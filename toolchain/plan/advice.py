@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.bits.codebook_sharing import table_in
+from toolchain.bits.codebook_sharing import codebook_in
 from toolchain.plan.geometry import ModelGeometry
 from toolchain.plan.memory import MemoryPlan, Workload, mib, plan_memory
 from toolchain.plan.target import Target
@@ -76,7 +76,9 @@ def codes_to_choose(plan: BitPlan) -> tuple[VQCode, ...]:
 
 def with_code(plan: BitPlan, code: str) -> BitPlan:
     """The same layers, all in one code, tables shared as they were."""
-    layers = [dataclasses.replace(layer, code=code, table=table_in(layer, VQCode.parse(code))) for layer in plan.layers]
+    layers = [
+        dataclasses.replace(layer, code=code, table=codebook_in(layer, VQCode.parse(code))) for layer in plan.layers
+    ]
     return dataclasses.replace(plan, layers=tuple(layers))
 
 
@@ -87,7 +89,7 @@ def advise(plan: BitPlan, geometry: ModelGeometry, target: Target, memory: Memor
     workload = memory.workload
     smaller = _smaller_image(plan, geometry, target, workload)
     shorter = _other_context(plan, geometry, target, workload)
-    smallest = min(codes_to_choose(plan), key=lambda code: (code.index_bits, code.table_bytes))
+    smallest = min(codes_to_choose(plan), key=lambda code: (code.index_bits, code.codebook_bytes))
     coarser = with_code(plan, str(smallest))
     found = []
     if smaller.image != workload.image and smaller.image:

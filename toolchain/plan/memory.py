@@ -159,7 +159,7 @@ def _weight_bytes(plan: BitPlan) -> dict[str, int]:
     for layer in plan.layers:
         stored[layer.part] += layer.codes_bytes + layer.scales_bytes
     result = {key: sum(stored[part] for part in names) for key, names in WEIGHT_PARTS.items()}
-    result["tables"] = sum(code.table_bytes for code in plan.tables().values())
+    result["tables"] = sum(code.codebook_bytes for code in plan.codebooks().values())
     result["kept16"] = 2 * sum(plan.kept.values())
     return result
 

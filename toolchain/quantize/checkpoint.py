@@ -22,7 +22,7 @@ from toolchain.calibration.manifest import samples_hash
 from toolchain.calibration.moments import layer_moments
 from toolchain.calibration.self_answers import answered
 from toolchain.checkpoint.folder import Checkpoint, open_checkpoint
-from toolchain.checkpoint.permuted import write_orders
+from toolchain.checkpoint.permuted import write_permutations
 from toolchain.checkpoint.writing import write_quantized
 from toolchain.errors import UsageError
 from toolchain.files.folders import check_output, sha256_file, staged_folder, write_json
@@ -30,9 +30,9 @@ from toolchain.files.store import ObjectStore
 from toolchain.models.inventory import kept_parameters
 from toolchain.models.runner import torch_graphs
 from toolchain.quantize.baselines.registry import METHODS
-from toolchain.quantize.driver.request import Job, QuantizeSettings, open_job
+from toolchain.quantize.driver.request import QuantizationRequest, QuantizeSettings, open_request
 from toolchain.quantize.driver.sequence import LayerResult, Solved, planned_code, quantize_in_sequence
-from toolchain.quantize.line import Made, quantize_model
+from toolchain.quantize.line import QuantizedModel, quantize_model
 from toolchain.quantize.methods import stored_method
 from toolchain.quantize.refine.rotation import trials_json
 from toolchain.values import SILENT, BitPlan, LayerSpec, Progress, Sample
@@ -73,18 +73,18 @@ def quantize_checkpoint(
     """
     began, settings = time.monotonic(), settings or QuantizeSettings()
     method = stored_method(settings.method)
-    _check_tables(settings.options)
+    _check_codebooks(settings.options)
     check_output(Path(out))
     base = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    job = open_job(base, settings)
-    key = _key(base, samples, settings, next(job.model.parameters()).device)
+    request = open_request(base, settings)
+    key = _key(base, samples, settings, next(request.model.parameters()).device)
     unfinished = Path(out).with_name(Path(out).name + ".partial")
     store = ObjectStore.open(unfinished, key, settings.resume, progress.note)
-    job = _with_inputs(job, base, samples, settings, store, progress)
+    request = _with_inputs(request, base, samples, settings, store, progress)
     made = (
-        quantize_model(job, method.recipe, store, progress)
+        quantize_model(request, method.recipe, store, progress)
         if method.recipe is not None
-        else _plain(job, METHODS[method.name], store, progress)
+        else _plain(request, METHODS[method.name], store, progress)
     )
     with staged_folder(out) as staging:
         calibration = {"samples": len(samples), "sha256": key["calibration"], "seed": settings.seed}
@@ -99,26 +99,26 @@ def quantize_checkpoint(
 
 
 def _with_inputs(
-    job: Job,
+    request: QuantizationRequest,
     base: Checkpoint,
     samples: Sequence[Sample],
     settings: QuantizeSettings,
     store: ObjectStore,
     progress: Progress,
-) -> Job:
-    """The job with its calibration inputs, lines without an answer answered by the model."""
-    processor = job.family.load_processor(base.folder, base.config)
-    graphs = partial(torch_graphs, job.family, job.model)
+) -> QuantizationRequest:
+    """The request with its calibration inputs, lines without an answer answered by the model."""
+    processor = request.family.load_processor(base.folder, base.config)
+    graphs = partial(torch_graphs, request.family, request.model)
     filled = answered(processor.host, graphs, samples, settings.answer_tokens, progress, store)
-    return replace(job, inputs=calibration_inputs(processor, filled))
+    return replace(request, inputs=calibration_inputs(processor, filled))
 
 
-def _check_tables(options: Options) -> None:
-    """Refuse tables in the options, which no key of a store could tell from others."""
-    if options.tables:
+def _check_codebooks(options: Options) -> None:
+    """Refuse codebooks in the options, which no key of a store could tell from others."""
+    if options.codebooks:
         raise UsageError(
-            f"options.tables: expected none, found {len(options.tables)}; whose the tables are is said by the method, "
-            "such as mgvq+tables=universal"
+            f"options.codebooks: expected none, found {len(options.codebooks)}; name their owner in the method, "
+            "such as mgvq+codebooks=universal"
         )
 
 
@@ -147,45 +147,47 @@ def _key(
     return json.loads(json.dumps(key))
 
 
-def _write_findings(made: Made, staging: Path) -> None:
-    if made.orders:
-        write_orders(staging, made.orders)
-    if made.mended:
-        write_json(staging / "mended.json", made.mended)
+def _write_findings(made: QuantizedModel, staging: Path) -> None:
+    if made.permutations:
+        write_permutations(staging, made.permutations)
+    if made.refinement:
+        write_json(staging / "refinement.json", made.refinement)
     if made.rotations:
         write_json(staging / "rotations.json", trials_json(made.rotations))
     if made.sensitivity is not None:
         write_json(staging / "sensitivity.json", vars(made.sensitivity))
 
 
-def _plain(job: Job, method: GroupMethod, store: ObjectStore, progress: Progress) -> Made:
+def _plain(request: QuantizationRequest, method: GroupMethod, store: ObjectStore, progress: Progress) -> QuantizedModel:
     """A baseline: the same sweep over the model, every group given its inputs' second moment and nothing else."""
     plan = plan_bits(
-        job.specs,
-        kept_parameters(job.model, job.specs),
-        bits=job.bits,
-        budget_bytes=job.budget_bytes,
-        overrides=job.overrides,
+        request.specs,
+        kept_parameters(request.model, request.specs),
+        bits=request.bits,
+        budget_bytes=request.budget_bytes,
+        overrides=request.overrides,
     )
-    solver = MomentSolver(job, plan, method)
-    layers = quantize_in_sequence(job.model, job.specs, plan, solver, store, job.seed, progress)
-    return Made(job.model, plan, layers, {}, None)
+    solver = MomentSolver(request, plan, method)
+    layers = quantize_in_sequence(request.model, request.specs, plan, solver, store, request.seed, progress)
+    return QuantizedModel(request.model, plan, layers, {}, None)
 
 
 class MomentSolver:
     """Codes groups by one of `toolchain.quantize.methods`."""
 
-    def __init__(self, job: Job, plan: BitPlan, method: GroupMethod) -> None:
-        self.job, self.plan, self.method = job, plan, method
+    def __init__(self, request: QuantizationRequest, plan: BitPlan, method: GroupMethod) -> None:
+        self.request, self.plan, self.method = request, plan, method
         self.moments: dict[str, Tensor] = {}
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
         """Layer name → H float32[n, n], from the model as it stands: everything before this step is quantized."""
         self.moments = {}  # those of the last step must not lie beside this one's
-        self.moments = layer_moments(model, self.job.inputs, step, self.job.specs)
+        self.moments = layer_moments(model, self.request.inputs, step, self.request.specs)
 
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
     ) -> Solved:
         moment = self.moments[members[0].name]
-        return Solved(self.method(weights, moment, planned_code(self.plan, members[0]), self.job.options, generator))
+        return Solved(
+            self.method(weights, moment, planned_code(self.plan, members[0]), self.request.options, generator)
+        )

@@ -35,9 +35,9 @@ class Method:
         return self.recipe is not None and self.recipe.overlap
 
     @property
-    def tables(self) -> str:
-        """Whose its tables are (`codebook_sharing.CHOICES`): what a recipe says, the groups' of a baseline."""
-        return self.recipe.tables if self.recipe is not None else GROUP
+    def codebooks(self) -> str:
+        """Whose its codebooks are (`codebook_sharing.CHOICES`): what a recipe says, the groups' of a baseline."""
+        return self.recipe.codebooks if self.recipe is not None else GROUP
 
 
 def parse_method(name: str) -> Method:

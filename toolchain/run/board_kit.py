@@ -110,7 +110,8 @@ def board_requirements(target: Mapping[str, Any]) -> str:
 def write_wheel(folder: Path) -> Path:
     """This package as a wheel in `folder`, the same bytes for the same sources; it installs with `pip install`.
 
-    Made from what is imported, so that a checkout and an installation give the same thing without a build tool.
+    QuantizedModel from what is imported, so that a checkout and an installation give the same thing without a build
+    tool.
     """
     package = metadata.distribution(DISTRIBUTION)
     info = f"{DISTRIBUTION}-{package.version}.dist-info"

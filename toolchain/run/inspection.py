@@ -97,7 +97,7 @@ def _bits(path: Path, kind: str) -> tuple[dict[str, Any], str]:
             f"  {name:<12}{part['weights']:>14,} weights{part['index']:>7.2f} index{part['real']:>7.2f} real"
             f"{part['bytes']:>14,} bytes"
         )
-    tables = {name: code.table_bytes for name, code in plan.tables().items()}
+    tables = {name: code.codebook_bytes for name, code in plan.codebooks().items()}
     lines.append(f"  tables: {len(tables)}, {sum(tables.values()):,} bytes")
     kept = sum(plan.kept.values())
     lines.append(f"  kept in 16 bits: {len(plan.kept)} tensors, {kept:,} elements")

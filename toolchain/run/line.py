@@ -36,7 +36,7 @@ PROCESSOR = "60-processor"
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedRun:
     """Everything that was looked at before any work began."""
 
     settings: Settings
@@ -48,7 +48,7 @@ class Checked:
     plan: ModelPlan
 
 
-def check(settings: Settings) -> Checked:
+def check(settings: Settings) -> CheckedRun:
     """Refuse before any work whatever can be refused: target, architecture, files, manifests, memory, in this order.
 
     Raises:
@@ -70,16 +70,16 @@ def check(settings: Settings) -> Checked:
         settings.budget_bytes,
         tuple(settings.quantize.codes.items()),
         overlapping=method.overlaps,
-        tables=method.tables,
+        codebooks=method.codebooks,
         config=config,
     )
     if plan.problems:
         advice = "; ".join(a.text for a in plan.advice) or "choose a larger target (mgvq targets)"
         raise BudgetError(f"{settings.model} does not fit {settings.target}: {plan.problems[0]}; {advice}")
-    return Checked(settings, target, family, checkpoint, calibration, evaluation, plan)
+    return CheckedRun(settings, target, family, checkpoint, calibration, evaluation, plan)
 
 
-def run_line(checked: Checked, run: RunFolder, progress: Progress, baselines: Sequence[str] = ()) -> dict[str, Any]:
+def run_line(checked: CheckedRun, run: RunFolder, progress: Progress, baselines: Sequence[str] = ()) -> dict[str, Any]:
     """Run every stage that is not already there; the facts that `mgvq all` and `mgvq demo` print.
 
     Raises:
@@ -103,7 +103,7 @@ def run_line(checked: Checked, run: RunFolder, progress: Progress, baselines: Se
     return facts
 
 
-def _plan_stage(checked: Checked, run: RunFolder, progress: Progress) -> StageResult:
+def _plan_stage(checked: CheckedRun, run: RunFolder, progress: Progress) -> StageResult:
     def work(folder: Path) -> dict[str, Any]:
         folder.mkdir()
         write_json(folder / "bitplan.json", checked.plan.bits.to_json())
@@ -123,7 +123,7 @@ def _plan_stage(checked: Checked, run: RunFolder, progress: Progress) -> StageRe
     return result
 
 
-def _quantize_stage(checked: Checked, run: RunFolder, progress: Progress, name: str, method: str) -> StageResult:
+def _quantize_stage(checked: CheckedRun, run: RunFolder, progress: Progress, name: str, method: str) -> StageResult:
     from toolchain.quantize.checkpoint import quantize_checkpoint
     from toolchain.quantize.driver.request import QuantizeSettings
     from toolchain.run.inspection import quantize_summary
@@ -202,7 +202,7 @@ def _evaluate_stage(checked, run: RunFolder, progress: Progress, quantized: Stag
     return result
 
 
-def _export_stage(checked: Checked, run: RunFolder, progress: Progress, quantized: StageResult) -> StageResult:
+def _export_stage(checked: CheckedRun, run: RunFolder, progress: Progress, quantized: StageResult) -> StageResult:
     from toolchain.checkpoint.loading import load_quantized
     from toolchain.graph.export import reference_graphs_from_model
 
@@ -220,7 +220,7 @@ def _export_stage(checked: Checked, run: RunFolder, progress: Progress, quantize
     return result
 
 
-def _rewrite_stage(checked: Checked, run: RunFolder, progress: Progress, exported: StageResult) -> StageResult:
+def _rewrite_stage(checked: CheckedRun, run: RunFolder, progress: Progress, exported: StageResult) -> StageResult:
     from toolchain.graph.rewrite import RewriteOptions, device_form, portable_form
 
     config, source = checked.checkpoint.config, checked.settings.model
@@ -272,7 +272,7 @@ def _validate_stage(checked, run: RunFolder, progress: Progress, quantized, expo
     return result
 
 
-def _bundle(checked: Checked, run: RunFolder, progress: Progress) -> Path:
+def _bundle(checked: CheckedRun, run: RunFolder, progress: Progress) -> Path:
     progress.stage("bundle")
     write_processor(checked, run.folder / "stages" / PROCESSOR)
     bundle = bundle_from_run(run.folder, run.folder / "bundle")
@@ -316,7 +316,7 @@ def bundle_from_run(run: Path, out: Path, libraries: Mapping[Path, Mapping[str, 
         return write_bundle(pieces, out, target=target, created_from={"stages": keys})
 
 
-def write_processor(checked: Checked, folder: Path) -> Path:
+def write_processor(checked: CheckedRun, folder: Path) -> Path:
     """tokenizer.json, chat_template.jinja and host.json (with the engine profiles) in `folder`; the folder.
 
     Pictures and context are limited to what the memory plan counted, as the rewritten graphs are.
@@ -331,7 +331,7 @@ def write_processor(checked: Checked, folder: Path) -> Path:
     return folder
 
 
-def _host_settings(checked: Checked) -> dict[str, Any]:
+def _host_settings(checked: CheckedRun) -> dict[str, Any]:
     """host.json's content, limited to the pictures and the context that the memory plan counted."""
     workload = checked.plan.memory.workload
     settings = checked.family.host_settings(checked.checkpoint.config, checked.settings.model)

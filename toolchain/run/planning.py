@@ -83,7 +83,7 @@ def plan_formats(
     budget_bytes: int | None = None,
     overrides: tuple[tuple[str, str], ...] = (),
     overlapping: bool = False,
-    tables: str = GROUP,
+    codebooks: str = GROUP,
     config: Config | None = None,
 ) -> BitPlan:
     """The codes of a checkpoint folder for an average, or for a budget where `bits` is None; only config.json is read.
@@ -104,7 +104,7 @@ def plan_formats(
         budget_bytes=budget_bytes if bits is None else None,
         overrides=list(overrides),
         overlapping=overlapping,
-        tables=tables,
+        codebooks=codebooks,
     )
 
 
@@ -128,7 +128,7 @@ def plan_model(
     budget_bytes: int | None = None,
     overrides: tuple[tuple[str, str], ...] = (),
     overlapping: bool = False,
-    tables: str = GROUP,
+    codebooks: str = GROUP,
     config: Config | None = None,
 ) -> ModelPlan:
     """The plan of a checkpoint folder on a board; only its config.json is read.
@@ -137,14 +137,14 @@ def plan_model(
         bits: index bits on average; None spends `budget_bytes` instead.
         budget_bytes: of all weights; with `bits`, a limit that makes a problem.
         overlapping: codes with overlapping windows (`methods.Method.overlaps`).
-        tables: whose they are (`methods.Method.tables`).
+        codebooks: whose they are (`methods.Method.codebooks`).
         config: its config.json, where that is read already.
 
     Raises:
         As `plan_formats`.
     """
     config = read_config(folder) if config is None else config
-    formats = plan_formats(folder, bits, budget_bytes, overrides, overlapping, tables, config)
+    formats = plan_formats(folder, bits, budget_bytes, overrides, overlapping, codebooks, config)
     family = family_for(config)
     geometry = family.geometry(config)
     workload = budget.default_workload(target, image, context_tokens)

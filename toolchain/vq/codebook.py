@@ -1,7 +1,7 @@
-"""Tables trained in the metric they will be paid in: Lloyd's algorithm where every sample has its own V×V metric.
+"""Codebooks trained in the metric they will be paid in: Lloyd's algorithm where every sample has its own V×V metric.
 
 A sample is a vector t of V weights at unit row scale with metric M = a² · D_b; the loss is Σ (t − c) M (t − c)ᵀ.
-The table of an overlapping code is trained on whole chunks, each coded by its cheapest path.
+The codebook of an overlapping code is trained on whole chunks, each coded by its cheapest path.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from toolchain.values import CHUNK_ROWS, ROW_STRIDE, VQCode
-from toolchain.vq.trellis import chunk_rows, closed_paths
+from toolchain.vq.trellis import chunk_rows, tail_biting_paths
 
 INT8_LIMIT = 127
 # Scores a piece of samples makes: 1 MiB of float32 stays in cache between the product and the search for the least.
 SCORES_AT_A_TIME = 1 << 18
-# Clip ratios tried when a table becomes int8: one far entry must not cost all the others their resolution.
+# Clip ratios tried when a codebook becomes int8: one far entry must not cost all the others their resolution.
 CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(13))
 
 
@@ -31,7 +31,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Cells:
-    """Normal equations of a table's entries: weights Σ M float32[K, V, V] and moments Σ M t float32[K, V]."""
+    """Normal equations of a codebook's entries: weights Σ M float32[K, V, V] and moments Σ M t float32[K, V]."""
 
     weights: Tensor
     moments: Tensor
@@ -54,16 +54,16 @@ def draw_samples(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, gen
     return Samples(unit.reshape(-1, blocks, vector)[row, block], metrics)
 
 
-def train_table(samples: Samples, entries: int, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:
-    """(table float32[entries, V] of locally least Σ (t − c) M (t − c)ᵀ, its cells): k-means++, then Lloyd rounds."""
+def train_codebook(samples: Samples, entries: int, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:
+    """(codebook float32[entries, V] of locally least Σ (t − c) M (t − c)ᵀ, its cells): k-means++, then Lloyd rounds."""
     features = sample_features(samples)
-    table = seed_table(samples, features, entries, generator)
+    codebook = seed_codebook(samples, features, entries, generator)
     for _ in range(rounds):
-        chosen, scores = _assign(features, table)
+        chosen, scores = _assign(features, codebook)
         cells = gather_cells(samples, chosen, entries)
-        table = solve_cells(cells, table)
-        table = _reseed_empty(table, cells, samples, scores)
-    return table, gather_cells(samples, _assign(features, table)[0], entries)
+        codebook = solve_cells(cells, codebook)
+        codebook = _reseed_empty(codebook, cells, samples, scores)
+    return codebook, gather_cells(samples, _assign(features, codebook)[0], entries)
 
 
 def draw_chunks(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, generator: torch.Generator) -> Samples:
@@ -92,61 +92,62 @@ def _stretches(total: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def train_paths(samples: Samples, code: VQCode, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:
-    """(table float32[2^L, V], its cells) for the cheapest paths of `draw_chunks` samples, L > k.
+    """(codebook float32[2^L, V], its cells) for the cheapest paths of `draw_chunks` samples, L > k.
 
-    A k-means table, drawn together and arranged over the windows, then rounds of search and least squares.
+    A k-means codebook, drawn together and arranged over the windows, then rounds of search and least squares.
     """
-    table, _ = train_table(samples, code.entries, rounds, generator)
-    table = arrange_windows(path_spread(code) * table, code)
+    codebook, _ = train_codebook(samples, code.entries, rounds, generator)
+    codebook = arrange_windows(path_spread(code) * codebook, code)
     features = sample_features(samples)
     queries = features.view(-1, CHUNK_ROWS, features.shape[1]).permute(1, 2, 0)
     for step in range(rounds + 1):
-        chosen = closed_paths(queries, entry_features(table), code).T.reshape(-1)
+        chosen = tail_biting_paths(queries, entry_features(codebook), code).T.reshape(-1)
         cells = gather_cells(samples, chosen, code.entries)
         if step < rounds:
-            table = solve_cells(cells, table)
-    return table, cells
+            codebook = solve_cells(cells, codebook)
+    return codebook, cells
 
 
 def path_spread(code: VQCode) -> float:
-    """What a k-means table is multiplied by before it starts a table for paths; 1 where L = k.
+    """What a k-means codebook is multiplied by before it starts a codebook for paths; 1 where L = k.
 
-    The entries of a k-means table lie as p^(V / (V + 2)) where the samples lie as p, for a Gaussian √((V + 2) / V) as
-    wide; a code of many nodes draws from its entries as from random ones and wants them as wide as the samples.
-    In between by overlapping bits, four counting as many: on random layers it takes 2 to 5 % off the loss of (2,3,8)
-    and (2,4,8), and the same factor would add 25 % to that of (2,8,9).
+    The entries of a k-means codebook lie as p^(V / (V + 2)) where the samples lie as p, for a Gaussian √((V + 2) / V)
+    as wide; a code of many nodes draws from its entries as from random ones and wants them as wide as the samples. In
+    between by overlapping bits, four counting as many: on random layers it takes 2 to 5 % off the loss of (2,3,8) and
+    (2,4,8), and the same factor would add 25 % to that of (2,8,9).
     """
     share = min(code.window - code.shift, 4) / 4
     return 1 - share * (1 - (code.vector / (code.vector + 2)) ** 0.5)
 
 
-def arrange_windows(table: Tensor, code: VQCode) -> Tensor:
-    """The table's rows assigned to windows so that the 2^k that leave a node, or enter one, spread over all of space.
+def arrange_windows(codebook: Tensor, code: VQCode) -> Tensor:
+    """The codebook's rows assigned to windows so that the 2^k that leave a node, or enter one, spread over all of
+    space.
 
     Set partitioning (Ungerboeck 1982; for sources Marcellin & Fischer 1990): 2^k cells of neighbouring entries, of
     which every node leaves by one window and is entered by one. Gaussian MSE after 12 rounds, against a random order:
     (2,3,8) 0.1572, 0.1589; (2,4,8) 0.0823, 0.0840; (2,5,8) 0.0431, 0.0454; (2,6,8) 0.0234, 0.0249; (4,8,9) no better.
     """
     overlap = code.window - code.shift
-    windows = torch.arange(code.entries, device=table.device)
+    windows = torch.arange(code.entries, device=codebook.device)
     left, symbol = windows >> code.shift, windows >> overlap
     # A node's own bits decide which entry of a cell it has, and shift the cells against each other.
     cell = (windows ^ left) & ((1 << code.shift) - 1) if code.shift >= overlap else windows ^ symbol
-    return table[_split_order(table).view(1 << code.shift, -1)[cell & ((1 << code.shift) - 1), left]]
+    return codebook[_split_order(codebook).view(1 << code.shift, -1)[cell & ((1 << code.shift) - 1), left]]
 
 
-def _split_order(table: Tensor) -> Tensor:
+def _split_order(codebook: Tensor) -> Tensor:
     """int64[2^L]: entries by repeated halving along the widest axis, so that leading bits name compact cells."""
-    order = torch.arange(len(table), device=table.device)[None]
+    order = torch.arange(len(codebook), device=codebook.device)[None]
     while order.shape[1] > 1:
-        inside = table[order]
+        inside = codebook[order]
         axis = inside.var(dim=1).argmax(dim=1)[:, None, None].expand(-1, order.shape[1], 1)
         sorting = inside.gather(2, axis)[..., 0].argsort(dim=1, stable=True)
         order = order.gather(1, sorting).view(2 * len(order), -1)
     return order.flatten()
 
 
-def seed_table(samples: Samples, features: Tensor, entries: int, generator: torch.Generator) -> Tensor:
+def seed_codebook(samples: Samples, features: Tensor, entries: int, generator: torch.Generator) -> Tensor:
     """float32[entries, V] by k-means++: each entry is a sample, drawn by its weighted distance to those before it."""
     own = _own_terms(samples)
     draws = torch.rand(entries, generator=generator, dtype=torch.float64, device=generator.device).to(own.device)
@@ -169,11 +170,11 @@ def sample_features(samples: Samples) -> Tensor:
     return torch.cat([-2 * pulled, samples.metrics[:, row, column]], dim=1)
 
 
-def entry_features(table: Tensor) -> Tensor:
+def entry_features(codebook: Tensor) -> Tensor:
     """float32[K, V + V·(V + 1)/2]; products of different coordinates count twice, for both halves of M."""
-    row, column = torch.triu_indices(table.shape[1], table.shape[1])
-    twice = torch.where(row == column, 1.0, 2.0).to(table.device)
-    return torch.cat([table, twice * table[:, row] * table[:, column]], dim=1)
+    row, column = torch.triu_indices(codebook.shape[1], codebook.shape[1])
+    twice = torch.where(row == column, 1.0, 2.0).to(codebook.device)
+    return torch.cat([codebook, twice * codebook[:, row] * codebook[:, column]], dim=1)
 
 
 def _own_terms(samples: Samples) -> Tensor:
@@ -181,10 +182,10 @@ def _own_terms(samples: Samples) -> Tensor:
     return torch.einsum("nv,nvw,nw->n", samples.vectors, samples.metrics, samples.vectors)
 
 
-def _assign(features: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _assign(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """(entry int64[N], its score float32[N]); the loss is the score plus t M tᵀ, which no entry changes."""
-    entries = entry_features(table).T
-    rows = max(1, SCORES_AT_A_TIME // len(table))
+    entries = entry_features(codebook).T
+    rows = max(1, SCORES_AT_A_TIME // len(codebook))
     best = [(part @ entries).min(dim=1) for part in features.split(rows)]
     return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
 
@@ -206,7 +207,7 @@ def sweep_cells(
         targets: float32[m, n].
         indices: uint8[m, n / V].
         pivots: float32[n / V, V, V].
-        scales: float32[m], the scales at which a table entry is a weight.
+        scales: float32[m], the scales at which a codebook entry is a weight.
         row_weights: float32[m], r; 1 where None.
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
@@ -223,41 +224,42 @@ def sweep_cells(
     return Cells(weights, moments)
 
 
-def solve_cells(cells: Cells, table: Tensor) -> Tensor:
+def solve_cells(cells: Cells, codebook: Tensor) -> Tensor:
     """float32[K, V]: c = (Σ M)⁻¹ Σ M t, held to the present entry along directions no sample weighs."""
-    vector = table.shape[1]
+    vector = codebook.shape[1]
     traces = cells.weights.diagonal(dim1=1, dim2=2).sum(dim=1)
     ridge = torch.where(traces > 0, 1e-6 * traces, 1.0)[:, None]
-    identity = torch.eye(vector, device=table.device)
-    return torch.linalg.solve(cells.weights + ridge[:, :, None] * identity, cells.moments + ridge * table)
+    identity = torch.eye(vector, device=codebook.device)
+    return torch.linalg.solve(cells.weights + ridge[:, :, None] * identity, cells.moments + ridge * codebook)
 
 
-def _reseed_empty(table: Tensor, cells: Cells, samples: Samples, scores: Tensor) -> Tensor:
+def _reseed_empty(codebook: Tensor, cells: Cells, samples: Samples, scores: Tensor) -> Tensor:
     """Entries that no sample chose move onto the samples with the largest weighted error."""
     empty = (cells.weights.diagonal(dim1=1, dim2=2).sum(dim=1) <= 0).nonzero().flatten()
     if not len(empty):
-        return table
+        return codebook
     worst = (scores + _own_terms(samples)).topk(min(len(empty), len(scores))).indices
-    result = table.clone()
+    result = codebook.clone()
     result[empty[: len(worst)]] = samples.vectors[worst]
     return result
 
 
-def round_table(table: Tensor, cells: Cells, code: VQCode) -> tuple[Tensor, float]:
-    """(table as stored, step): entries are worth step · stored. float16 pairs have step 1, int8 quads one common step.
+def round_codebook(codebook: Tensor, cells: Cells, code: VQCode) -> tuple[Tensor, float]:
+    """(codebook as stored, step): entries are worth step · stored. float16 pairs have step 1, int8 quads one common
+    step.
 
     The step is the one, among CLIP_RATIOS of the largest entry, whose rounding costs the cells least.
     """
-    if code.table_dtype == "float16":
-        return table.to(torch.float16), 1.0
-    largest = float(table.abs().max())
+    if code.codebook_dtype == "float16":
+        return codebook.to(torch.float16), 1.0
+    largest = float(codebook.abs().max())
     if largest == 0:
-        return table.to(torch.int8), 1.0
+        return codebook.to(torch.int8), 1.0
     tried = []
     for ratio in CLIP_RATIOS:
         step = ratio * largest / INT8_LIMIT
-        stored = (table / step).round().clamp(-INT8_LIMIT, INT8_LIMIT)
-        off = table - stored * step
+        stored = (codebook / step).round().clamp(-INT8_LIMIT, INT8_LIMIT)
+        off = codebook - stored * step
         tried.append((float(torch.einsum("kv,kvw,kw->", off, cells.weights, off)), step, stored.to(torch.int8)))
     _, step, stored = min(tried, key=lambda item: item[0])
     return stored, step

@@ -14,16 +14,16 @@ from toolchain.errors import NumericGateError
 
 RETRY_FACTOR = 3.0
 RETRIES = 6
-LEAST_SHARE = 0.2  # α_min, before shares are divided by their sum: a modality keeps 1/6 of the mass at least
+LEAST_SHARE = 0.2  # α_min, before shares are divided by their sum: a modality keeps 1/6 of the token weight at least
 
 
-def token_masses(gradient_norms: Tensor, is_image: Tensor | None, power: float = 1.0) -> Tensor:
+def balanced_token_weights(gradient_norms: Tensor, is_image: Tensor | None, power: float = 1.0) -> Tensor:
     """float32[N], summing to 1: how much each token counts in S_i.
 
-    Each modality μ shares its mass α_μ among its tokens as ω_t = s_t^power, s_t = ‖δ_t‖² / m, with α_μ its share of
-    Σ ω, lifted to LEAST_SHARE and divided by their sum again (mgvq-algorithm 2.2, equation 2; GuidedQuant, arXiv
-    2505.07004, for one modality). Power 0 counts tokens of a modality alike and gives either modality half. A modality
-    that no loss reaches at all has no mass; where none is reached, all tokens count alike.
+    Each modality μ shares its token weight α_μ among its tokens as ω_t = s_t^power, s_t = ‖δ_t‖² / m, with α_μ its
+    share of Σ ω, lifted to LEAST_SHARE and divided by their sum again (mgvq-algorithm 2.2, equation 2; GuidedQuant,
+    arXiv 2505.07004, for one modality). Power 0 counts tokens of a modality alike and gives either modality half. A
+    modality that no loss reaches at all has no token weight; where none is reached, all tokens count alike.
 
     Args:
         gradient_norms: float32[N], s_t; a token no loss reaches has 0.
@@ -38,28 +38,28 @@ def token_masses(gradient_norms: Tensor, is_image: Tensor | None, power: float =
     shares = even if power == 0 else torch.stack([weights[kind].sum() for kind in kinds])
     shares = (shares / shares.sum()).clamp_min(LEAST_SHARE)
     shares = shares / shares.sum()
-    masses = torch.zeros_like(weights)
+    token_weights = torch.zeros_like(weights)
     for kind, share in zip(kinds, shares):
-        masses[kind] = share * (weights[kind] / weights[kind].sum())
-    return masses
+        token_weights[kind] = share * (weights[kind] / weights[kind].sum())
+    return token_weights
 
 
-def capped_masses(masses: Tensor, norms: Tensor, quantile: float) -> Tensor:
+def capped_token_weights(token_weights: Tensor, norms: Tensor, quantile: float) -> Tensor:
     """float32[N] of the same sum: tokens louder than the quantile count in S_i as if they were as loud as it.
 
     ω_t ← ω_t · min(1, q / ‖x_t‖²): an attention sink, hundreds of times as loud as any other token, else makes most of
     S_i by itself (mgvq-algorithm 8).
 
     Args:
-        masses: float32[N], ω, not negative.
+        token_weights: float32[N], ω, not negative.
         norms: float32[N], ‖x_t‖².
         quantile: of the norms, above 0 and at most 1; 1 changes nothing.
     """
     place = max(1, math.ceil(quantile * len(norms)))
     limit = norms.kthvalue(place).values
-    capped = masses * torch.where(norms > limit, limit / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+    capped = token_weights * torch.where(norms > limit, limit / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
     total = capped.sum()
-    return capped * (masses.sum() / total) if total > 0 else masses
+    return capped * (token_weights.sum() / total) if total > 0 else token_weights
 
 
 def kronecker_scale(gradients: Tensor, row_factor: Tensor, column_factor: Tensor, tokens: float = 1.0) -> float:

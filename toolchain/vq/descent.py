@@ -20,7 +20,7 @@ from toolchain.values import CHUNK_ROWS, ROW_STRIDE, VQCode
 from toolchain.vq.assign import SCORES_AT_A_TIME
 from toolchain.vq.kronecker import Objective, RowBlock
 from toolchain.vq.solve import Solution, weighted_loss
-from toolchain.vq.trellis import chunk_rows, closed_paths
+from toolchain.vq.trellis import chunk_rows, tail_biting_paths
 from toolchain.vq.weights import Problem, decode_stacked
 
 # A change is taken where it gains more than this share of its own curvature: float32 knows the gain no better.
@@ -51,7 +51,7 @@ def descend(
     row_factors: Sequence[Tensor | None] | None = None,
     settings: Descent | None = None,
 ) -> Solution:
-    """The start's codes after sweeps of coordinate descent, with its table and scales; never worse than the start.
+    """The start's codes after sweeps of coordinate descent, with its codebook and scales; never worse than the start.
 
     Args:
         problem: W* and the layers' rows.
@@ -66,15 +66,15 @@ def descend(
     settings = settings or Descent()
     objective = Objective.of(problem, damped, row_factors)
     indices = start.indices.clone()
-    entries, scales = start.table.float(), start.scales.float()
+    entries, scales = start.codebook.float(), start.scales.float()
     for block in objective.blocks:
         rows = block.rows
         state = _State.of(block, objective, indices[rows], entries, scales[rows], code, settings)
         indices[rows] = state.descended(settings).to(indices.dtype)
-    decoded = decode_stacked(indices, start.table, start.scales)
+    decoded = decode_stacked(indices, start.codebook, start.scales)
     if objective.loss(decoded) >= objective.loss(start.decode()):
         return start
-    return Solution(indices, start.table, start.scales, weighted_loss(problem, decoded))
+    return Solution(indices, start.codebook, start.scales, weighted_loss(problem, decoded))
 
 
 def search_order(rows: int, code: VQCode, subsets: int) -> tuple[Tensor, list[slice]]:
@@ -204,10 +204,10 @@ class _State:
         return gain
 
     def _search(self, queries: Tensor, features: Tensor) -> Tensor:
-        """int64[m]: the cheapest entry of every row, or the windows of the cheapest closed path of every chunk."""
+        """int64[m]: the cheapest entry of every row, or the windows of the cheapest tail-biting path of every chunk."""
         if self.code.window > self.code.shift:
             chunks = queries.view(-1, CHUNK_ROWS, queries.shape[1]).permute(1, 2, 0)
-            return closed_paths(chunks, features, self.code).T.reshape(-1)
+            return tail_biting_paths(chunks, features, self.code).T.reshape(-1)
         rows = max(1, SCORES_AT_A_TIME // len(features))
         return torch.cat([(part @ features.T).argmin(dim=1) for part in queries.split(rows)])
 

@@ -28,21 +28,25 @@ TRUST = 0.3  # of the quantization error's norm: as far as the quadratic model o
 
 @dataclass(frozen=True)
 class Pair:
-    """Sums over tokens, weighted: mass Σ w, S_q Σ w x_q x_qᵀ, C Σ w x_f x_qᵀ; means Σ w x_q and Σ w x_f, [n]."""
+    """Sums over tokens, weighted: token weight Σ w, S_q Σ w x_q x_qᵀ, C Σ w x_f x_qᵀ; means Σ w x_q and Σ w x_f,
+    [n].
+    """
 
-    mass: float
+    token_weight: float
     moment: Tensor
     cross: Tensor
     mean: Tensor
     full_mean: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, full: Tensor, mass: Tensor) -> Pair:
-        """Of inputs x_q and x_f float32[N, n] with masses float32[N]."""
-        weighted = rows * mass[:, None]
-        cross = weighted.T @ rows if full is rows else (full * mass[:, None]).T @ rows
+    def of(cls, rows: Tensor, full: Tensor, token_weight: Tensor) -> Pair:
+        """Of inputs x_q and x_f float32[N, n] with token weights float32[N]."""
+        weighted = rows * token_weight[:, None]
+        cross = weighted.T @ rows if full is rows else (full * token_weight[:, None]).T @ rows
         moment = cross if full is rows else weighted.T @ rows
-        return cls(float(mass.sum()), moment, cross, weighted.sum(dim=0), (full * mass[:, None]).sum(dim=0))
+        return cls(
+            float(token_weight.sum()), moment, cross, weighted.sum(dim=0), (full * token_weight[:, None]).sum(dim=0)
+        )
 
     def added(self, other: Pair | None) -> Pair:
         if other is None:
@@ -50,7 +54,7 @@ class Pair:
         moment = self.moment + other.moment
         is_shared = self.cross is self.moment and other.cross is other.moment  # x_f is x_q: held once
         return Pair(
-            self.mass + other.mass,
+            self.token_weight + other.token_weight,
             moment,
             moment if is_shared else self.cross + other.cross,
             self.mean + other.mean,
@@ -60,7 +64,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Both halves of the samples, `halves`, and their sum, `whole`, which has mass 1."""
+    """Both halves of the samples, `halves`, and their sum, `whole`, which has token weight 1."""
 
     whole: Pair
     halves: tuple[Pair, Pair] | None
@@ -85,20 +89,20 @@ class Shift:
 
 def regression(pair: Pair, damping: float) -> Tensor:
     """P = C S_q⁻¹ − I, float32[n, n]: W + W P maps x_q to what W makes of x_f, as nearly as a linear map can."""
-    moment, cross = pair.moment / pair.mass, pair.cross / pair.mass
+    moment, cross = pair.moment / pair.token_weight, pair.cross / pair.token_weight
     return solve_factor(moment, (cross - moment).T, damping, "input moment").T
 
 
 def pull(weight: Tensor, pair: Pair) -> Tensor:
     """W (C − S_q) float32[m, n]: what drift pulls W towards, the gradient of ½ E‖W x_f − W' x_q‖² at W, negated."""
-    return weight @ ((pair.cross - pair.moment) / pair.mass)
+    return weight @ ((pair.cross - pair.moment) / pair.token_weight)
 
 
 def fitted_shift(weight: Tensor, pulled: Tensor, pair: Pair, damping: float) -> Tensor:
     """W P float32[m, n], `pulled` being `pull` of W: by its m rows where P has n; by P where W is TALL."""
     if len(weight) > TALL * weight.shape[1]:
         return weight @ regression(pair, damping)
-    return solve_factor(pair.moment / pair.mass, pulled.T, damping, "input moment").T
+    return solve_factor(pair.moment / pair.token_weight, pulled.T, damping, "input moment").T
 
 
 def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
@@ -126,7 +130,7 @@ def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
     if step < LEAST_STEP:
         return Shift(nothing, 0.0, damping)
     value = fitted_shift(weight, pull(weight, pairs.whole), pairs.whole, damping)
-    size = float(((value @ (pairs.whole.moment / pairs.whole.mass)) * value).sum(dtype=torch.float64))
+    size = float(((value @ (pairs.whole.moment / pairs.whole.token_weight)) * value).sum(dtype=torch.float64))
     if step**2 * size > TRUST**2 * trusted:
         step = TRUST * (trusted / size) ** 0.5
     return Shift(step * value, step, damping)
@@ -138,4 +142,4 @@ def _held_out(
     """(⟨−G_B, N_A⟩, tr(N_A S_B N_Aᵀ)) for N_A of the fitted half, G_B = −W (C_B − S_B) of the other."""
     shift = fitted_shift(weight, pulled, fitted, damping)
     inner = (other_pulled * shift).sum(dtype=torch.float64)
-    return float(inner), float(((shift @ (other.moment / other.mass)) * shift).sum(dtype=torch.float64))
+    return float(inner), float(((shift @ (other.moment / other.token_weight)) * shift).sum(dtype=torch.float64))

@@ -66,7 +66,7 @@ def unpack(codes: Bytes, code: VQCode, rows: int, columns: int) -> Bytes:
 
 
 def windows_from_symbols(symbols: Bytes, code: VQCode) -> NDArray[np.uint16]:
-    """Table indices uint16[R, 8, C, 16]: the L bits from the start of symbol t, running on into the next symbols."""
+    """Codebook indices uint16[R, 8, C, 16]: the L bits from the start of symbol t, running on into the next symbols."""
     span = -(-code.window // code.shift)
     stream: NDArray = np.zeros(symbols.shape, dtype=np.uint32)
     for step in range(span):
@@ -74,31 +74,34 @@ def windows_from_symbols(symbols: Bytes, code: VQCode) -> NDArray[np.uint16]:
     return (stream >> (span * code.shift - code.window)).astype(np.uint16)
 
 
-def decode(codes: Bytes, table: NDArray, scales: NDArray[np.float16], code: VQCode, rows: int, columns: int) -> Floats:
+def decode(
+    codes: Bytes, codebook: NDArray, scales: NDArray[np.float16], code: VQCode, rows: int, columns: int
+) -> Floats:
     """Ŵ float32[rows, columns]: the definition of the format. Ŵ[i, block] = float32(scale[i]) · float32(T[window]).
 
     Args:
         codes: uint8[total bytes] in checkpoint order.
-        table: [2**L, V], float16 for V = 2 and int8 for V = 4.
+        codebook: [2**L, V], float16 for V = 2 and int8 for V = 4.
         scales: float16[rows]. The product of two float16 is exact in float32.
 
     Raises:
         ShapeError: an array has another shape or dtype than its code demands.
     """
-    check_table(table, code)
+    check_codebook(codebook, code)
     if scales.shape != (rows,):
         raise ShapeError(f"expected scales of shape [{rows}], found {list(scales.shape)}")
     windows = matrix_from_chunks(windows_from_symbols(unpack(codes, code, rows, columns), code))
-    unit = table.astype(np.float32)[windows].reshape(windows.shape[0], -1)[:rows, :columns]
+    unit = codebook.astype(np.float32)[windows].reshape(windows.shape[0], -1)[:rows, :columns]
     return unit * scales.astype(np.float32)[:, None]
 
 
-def check_table(table: NDArray, code: VQCode) -> None:
-    """Refuse a table whose shape or dtype is not the code's."""
+def check_codebook(codebook: NDArray, code: VQCode) -> None:
+    """Refuse a codebook whose shape or dtype is not the code's."""
     expected = (code.entries, code.vector)
-    if table.shape != expected or table.dtype != np.dtype(code.table_dtype):
+    if codebook.shape != expected or codebook.dtype != np.dtype(code.codebook_dtype):
         raise ShapeError(
-            f"table of code {code}: expected {code.table_dtype}{list(expected)}, found {table.dtype}{list(table.shape)}"
+            f"codebook of code {code}: expected {code.codebook_dtype}{list(expected)}, found "
+            f"{codebook.dtype}{list(codebook.shape)}"
         )
 
 

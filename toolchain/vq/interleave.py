@@ -1,12 +1,14 @@
-"""The order of columns that a vector code gains from: loud columns spread over all vectors, not gathered in a few.
+"""The order of columns that a vector code gains from: high-energy columns spread over all vectors, not gathered in a
+few.
 
-A vector spends its bits on its loud columns by itself, if every vector has some; and one table serves all vectors best
-if position j means the same loudness in each (shared/research/mgvq-algorithm.md 3.6). So columns are dealt like cards:
+A vector spends its bits on its high-energy columns by itself, if every vector has some; and one codebook serves all
+vectors best if position j means the same loudness in each (shared/research/mgvq-algorithm.md 3.6). So columns are
+interleaved like cards:
 
     rank by energy   0 1 2 3 4 5 6 7      V = 2, n/V = 4 vectors
     vectors          (0 4) (1 5) (2 6) (3 7)
 
-Quads take the bands in the order 0 2 1 3, so that each of their halves is a fairly dealt pair too: one order then
+Quads take the bands in the order 0 2 1 3, so that each of their halves is a fairly interleaved pair too: one order then
 serves layers of either vector length.
 
 Loud vectors come first because the sweep visits them in order, and an error can only be fed to columns still to come.
@@ -24,8 +26,8 @@ PLACE_OF_BAND = {4: (0, 2, 1, 3)}
 VECTOR = 4  # columns interleaved for quads are interleaved for pairs too
 
 
-def deal_order(energies: Tensor, vector: int) -> Tensor:
-    """The dealt order int64[n] of n columns: `order[new] = old`.
+def interleaved_permutation(energies: Tensor, vector: int) -> Tensor:
+    """The interleaved permutation int64[n] of n columns: `order[new] = old`.
 
     Rank q by energy, largest first and ties by index, goes to vector q mod (n / V), at the place of its band ⌊q V / n⌋.
 
@@ -34,7 +36,7 @@ def deal_order(energies: Tensor, vector: int) -> Tensor:
         vector: V, weights a lookup.
 
     Raises:
-        ShapeError: n is not a multiple of V; vectors that cross its end have no partner to be dealt with.
+        ShapeError: n is not a multiple of V; vectors that cross its end have no partner to be interleaved with.
         NumericGateError: an energy is not finite.
     """
     if energies.ndim != 1:
@@ -43,7 +45,8 @@ def deal_order(energies: Tensor, vector: int) -> Tensor:
 
 
 def deal_in_units(energies: Tensor, vector: int) -> Tensor:
-    """The dealt orders int64[units, size] of columns that must stay in their unit, such as a head: old places in it.
+    """The interleaved permutations int64[units, size] of columns that must stay in their unit, such as a head: old
+    places in it.
 
     Args:
         energies: float[units, size].

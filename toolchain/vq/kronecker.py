@@ -1,4 +1,4 @@
-"""The objective with output curvature, tr(S_o E S_i Eᵀ) with E = Ŵ − W, of a group whose layers share a table.
+"""The objective with output curvature, tr(S_o E S_i Eᵀ) with E = Ŵ − W, of a group whose layers share a codebook.
 
 S_o is block-diagonal over the group's layers: what one layer puts out does not bend what another does. The rows of a
 layer without one count r, the problem's row weights, each on its own.

@@ -1,10 +1,10 @@
 """Rotations of a layer's inputs: W x = (W R)(Rᵀ x), R orthogonal, so that W R can be coded in the place of W.
 
 R repeats one block down its diagonal: signs, then Sylvester's Hadamard matrix. Coordinates of Rᵀ x are sums of `block`
-inputs, so that a loud column's energy, and a heavy tail of weights, is spread over a block (QuIP#, arXiv 2402.04396;
-QuaRot, arXiv 2404.00456). Signs are the Rudin-Shapiro sequence: its Hadamard transform has one magnitude, so that what
-all columns have in common is spread too, and nothing is drawn. Blocks are powers of four, whose entries ±1/√block are
-exact in float16.
+inputs, so that a high-energy column's energy, and a heavy tail of weights, is spread over a block (QuIP#, arXiv
+2402.04396; QuaRot, arXiv 2404.00456). Signs are the Rudin-Shapiro sequence: its Hadamard transform has one magnitude,
+so that what all columns have in common is spread too, and nothing is drawn. Blocks are powers of four, whose entries
+±1/√block are exact in float16.
 
 A moment and a weight are turned together: H' = Rᵀ H R goes with W' = W R, and tr(W' H' W'ᵀ) = tr(W H Wᵀ).
 """
@@ -56,7 +56,7 @@ def rotate(rows: Tensor, block: int) -> Tensor:
     return _blockwise(rows, _block_like(block, rows.dtype, rows.device))
 
 
-def turn_back(rows: Tensor, block: int) -> Tensor:
+def inverse_rotate(rows: Tensor, block: int) -> Tensor:
     """rows [..., n] · Rᵀ, what undoes `rotate`."""
     return _blockwise(rows, _block_like(block, rows.dtype, rows.device).T)
 

@@ -83,13 +83,13 @@ def quantize_segments(
     generator: torch.Generator,
     coder: Coder = quantize_group,
 ) -> SegmentedGroup:
-    """Codes, and a table and row scales a segment, of least tr(E H Eᵀ), segment by segment, exact given the earlier.
+    """Codes, and a codebook and row scales a segment, of least tr(E H Eᵀ), segment by segment, exact given the earlier.
 
     Args:
         weights: float32[m_i, n] of layers that read the same input.
         moment: float32[n, n], the second moment H of that input; damped once, over all columns.
         segments: that cover the columns, first to last.
-        generator: seeds the tables; the result depends on nothing else random.
+        generator: seeds the codebooks; the result depends on nothing else random.
         coder: codes one segment in its metric.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One table for many groups: trained on samples of all of them, each in the metric that its own sweep pays in."""
+"""One codebook for many groups: trained on samples of all of them, each in the metric that its own sweep pays in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from toolchain.values import Segment, VQCode
-from toolchain.vq.codebook import Samples, round_table
+from toolchain.vq.codebook import Samples, round_codebook
 from toolchain.vq.factor import factor_moment
 from toolchain.vq.scales import rms_scales
 from toolchain.vq.segments import ROUNDING_DAMPING, damped_steps
 from toolchain.vq.solve import draw_problem, train_samples
-from toolchain.vq.weights import FixedTable, Options, stack_group
+from toolchain.vq.weights import FixedCodebook, Options, stack_group
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def draw_piece(piece: Piece, code: VQCode, count: int, generator: torch.Generato
     """At most `count` vectors at unit row scale, in whole chunks where windows overlap.
 
     Metrics come with a mean trace of 1: what is then minimised is the share of its output that each piece loses, or
-    one with loud inputs would have the table to itself.
+    one with high-energy inputs would have the codebook to itself.
     """
     problem = stack_group(piece.weights, piece.moment, code, searches_paths=True, row_weights=piece.row_weights)
     factors = factor_moment(problem.moment, problem.columns, code.vector, piece.damping)
@@ -77,7 +77,7 @@ def draw_piece(piece: Piece, code: VQCode, count: int, generator: torch.Generato
 
 @dataclass
 class Pool:
-    """Samples of all pieces that share a table of a code; each may give as many as its share of their weights."""
+    """Samples of all pieces that share a codebook of a code; each may give as many as its share of their weights."""
 
     code: VQCode
     weights: int
@@ -88,9 +88,9 @@ class Pool:
         share = max(1, round(samples * piece.count / self.weights))
         self.drawn.append(draw_piece(piece, self.code, share, generator))
 
-    def table(self, options: Options, generator: torch.Generator) -> FixedTable:
-        """The table of locally least loss over all that was drawn, as it is stored."""
+    def codebook(self, options: Options, generator: torch.Generator) -> FixedCodebook:
+        """The codebook of locally least loss over all that was drawn, as it is stored."""
         vectors, metrics = (torch.cat([getattr(one, name) for one in self.drawn]) for name in ("vectors", "metrics"))
         trained = train_samples(Samples(vectors, metrics), self.code, options.lloyd_rounds, generator)
-        stored, step = round_table(*trained, self.code)
-        return FixedTable(stored.contiguous(), step)
+        stored, step = round_codebook(*trained, self.code)
+        return FixedCodebook(stored.contiguous(), step)

@@ -1,4 +1,6 @@
-"""MGVQ for one group of layers: a table trained in the block metric, sweeps with feedback, scales and table refits."""
+"""MGVQ for one group of layers: a codebook trained in the block metric, sweeps with feedback, scales and codebook
+refits.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,18 @@ from toolchain.vq.codebook import (
     Samples,
     draw_chunks,
     draw_samples,
-    round_table,
+    round_codebook,
     solve_cells,
     sweep_cells,
+    train_codebook,
     train_paths,
-    train_table,
 )
 from toolchain.vq.factor import factor_moment
 from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.sweep import sweep
 from toolchain.vq.trellis import search_for
 from toolchain.vq.weights import (
-    FixedTable,
+    FixedCodebook,
     Options,
     Problem,
     VQGroup,
@@ -42,18 +44,18 @@ def safe_divisor(scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes of a problem as they are stored: indices [m, n / V] (windows where L > k), table, scales float16[m]; the
+    """Codes of a problem as they are stored: indices [m, n / V] (windows where L > k), codebook, scales float16[m]; the
     loss Σ_i r_i e_i H e_iᵀ they come to.
     """
 
     indices: Tensor
-    table: Tensor
+    codebook: Tensor
     scales: Tensor
     loss: float
 
     def decode(self) -> Tensor:
         """Ŵ float32[m, n] of the padded problem."""
-        return decode_stacked(self.indices, self.table, self.scales)
+        return decode_stacked(self.indices, self.codebook, self.scales)
 
 
 def draw_problem(
@@ -73,10 +75,10 @@ def draw_problem(
 
 
 def train_samples(samples: Samples, code: VQCode, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:
-    """(table float32[2^L, V], its cells) trained on samples that `draw_problem` gives."""
+    """(codebook float32[2^L, V], its cells) trained on samples that `draw_problem` gives."""
     if code.window > code.shift:
         return train_paths(samples, code, rounds, generator)
-    return train_table(samples, code.entries, rounds, generator)
+    return train_codebook(samples, code.entries, rounds, generator)
 
 
 def quantize_group(
@@ -87,36 +89,37 @@ def quantize_group(
     generator: torch.Generator,
     row_weights: list[Tensor] | None = None,
 ) -> VQGroup:
-    """Codes, one table and row scales of least Σ_i r_i e_i H e_iᵀ that `solve_problem` finds, packed.
+    """Codes, one codebook and row scales of least Σ_i r_i e_i H e_iᵀ that `solve_problem` finds, packed.
 
     Args:
         weights: float32[m_i, n] of layers that read the same input.
         moment: float32[n, n], the second moment H of that input.
-        generator: seeds the table; the result depends on nothing else random.
+        generator: seeds the codebook; the result depends on nothing else random.
         row_weights: float32[m_i] a layer, r, what an error in each row counts; 1 where None.
     """
     problem = stack_group(weights, moment, code, searches_paths=True, row_weights=row_weights)
     found = solve_problem(problem, code, options, generator)
-    return pack_group(problem, found.indices, found.table, found.scales, code)
+    return pack_group(problem, found.indices, found.codebook, found.scales, code)
 
 
 def solve_problem(problem: Problem, code: VQCode, options: Options, generator: torch.Generator) -> Solution:
     """The best of `options.rounds` rounds.
 
-    A round is a sweep with the scales and table exactly as stored, a closed-form refit of the scales for the codes
-    found, and an update of the table on the sweep's fed-back targets; a table that `options.tables` gives stays.
+    A round is a sweep with the scales and codebook exactly as stored, a closed-form refit of the scales for the codes
+    found, and an update of the codebook on the sweep's fed-back targets; a codebook that `options.codebooks` gives
+    stays.
     """
     factors = factor_moment(problem.moment, problem.columns, code.vector, options.damping)
     start = rms_scales(problem.weight, problem.columns)
-    given = options.tables.get(code)
+    given = options.codebooks.get(code)
     if given is None:
         samples = draw_problem(problem, factors.pivots, start, code, options.samples, generator)
-        table, cells = train_samples(samples, code, options.lloyd_rounds, generator)
+        codebook, cells = train_samples(samples, code, options.lloyd_rounds, generator)
     search = search_for(code, problem.row_weights)
-    worth = start  # the scale at which an entry of the unrounded table is a weight
+    worth = start  # the scale at which an entry of the unrounded codebook is a weight
     rounds = []
     for _ in range(options.rounds):
-        stored, step = _placed(given, start) if given else round_table(table, cells, code)
+        stored, step = _placed(given, start) if given else round_codebook(codebook, cells, code)
         scales = stored_scales(worth * step)
         indices, targets = sweep(problem.weight, factors, stored, scales, options.batch_columns, search)
         unit = decode_stacked(indices, stored, torch.ones_like(scales))
@@ -126,12 +129,12 @@ def solve_problem(problem: Problem, code: VQCode, options: Options, generator: t
         if given is not None:
             continue
         cells = sweep_cells(targets, indices, factors.pivots, worth, code.entries, problem.row_weights)
-        table = solve_cells(cells, table)
+        codebook = solve_cells(cells, codebook)
     return min(rounds, key=lambda one: one.loss)
 
 
-def _placed(given: FixedTable, beside: Tensor) -> tuple[Tensor, float]:
-    """(table as stored, step), on the device of `beside`."""
+def _placed(given: FixedCodebook, beside: Tensor) -> tuple[Tensor, float]:
+    """(codebook as stored, step), on the device of `beside`."""
     return given.stored.to(beside.device), given.step
 
 

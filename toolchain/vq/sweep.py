@@ -12,7 +12,7 @@ from toolchain.vq.factor import Factors
 def sweep(
     weight: Tensor,
     factors: Factors,
-    table: Tensor,
+    codebook: Tensor,
     scales: Tensor,
     batch_columns: int,
     search: Search = nearest_entries,
@@ -28,19 +28,19 @@ def sweep(
     Args:
         weight: float32[m, n].
         factors: of the damped second moment, n columns, blocks of V.
-        table: [2^L, V], as stored (int8 or float16).
+        codebook: [2^L, V], as stored (int8 or float16).
         scales: float16[m], as stored.
         batch_columns: columns a batch, a multiple of V.
         search: finds the indices of a block (`trellis.search_for`); overlapping codes want m a multiple of 128.
 
     Returns:
-        (indices uint8[m, n / V], int16 for tables of more than 256 entries; targets T float32[m, n]).
+        (indices uint8[m, n / V], int16 for codebooks of more than 256 entries; targets T float32[m, n]).
     """
-    entries, row_scales = table.float(), scales.float()
+    entries, row_scales = codebook.float(), scales.float()
     vector, columns = entries.shape[1], weight.shape[1]
     error = torch.zeros_like(weight)
     targets = torch.empty_like(weight)
-    indices = torch.empty(weight.shape[0], columns // vector, dtype=index_dtype(len(table)), device=weight.device)
+    indices = torch.empty(weight.shape[0], columns // vector, dtype=index_dtype(len(codebook)), device=weight.device)
     for first in range(0, columns, batch_columns):
         last = min(first + batch_columns, columns)
         targets[:, first:last] = weight[:, first:last] + error[:, :first] @ factors.unit[:first, first:last]

@@ -30,7 +30,7 @@ COSTS_ON_CPU, COSTS_ON_DEVICE = 1 << 20, 1 << 27
 
 
 def search_for(code: VQCode, row_weights: Tensor | None = None) -> Search:
-    """What finds a column block's indices for the code: windows of closed paths where L > k, nearest entries else.
+    """What finds a column block's indices for the code: windows of tail-biting paths where L > k, nearest entries else.
 
     Args:
         row_weights: float32[m], what an error in each row counts; a nearest entry is the same whatever its row counts.
@@ -43,7 +43,7 @@ def search_for(code: VQCode, row_weights: Tensor | None = None) -> Search:
 def cheapest_windows(
     targets: Tensor,
     metric: Tensor,
-    table: Tensor,
+    codebook: Tensor,
     scales: Tensor,
     code: VQCode,
     row_weights: Tensor | None = None,
@@ -53,21 +53,21 @@ def cheapest_windows(
     Args:
         targets: float32[m, V], m a multiple of 128.
         metric: float32[V, V], symmetric positive semidefinite (D_b).
-        table: float32[2^L, V].
+        codebook: float32[2^L, V].
         scales: float32[m], not negative; a row of scale 0 costs nothing and lends its bits to its neighbours.
         row_weights: float32[m], r; 1 where None.
 
     Returns:
-        uint8[m], or int16[m] for tables of more than 256 entries.
+        uint8[m], or int16[m] for codebooks of more than 256 entries.
     """
-    norms = ((table @ metric) * table).sum(dim=1, keepdim=True)
+    norms = ((codebook @ metric) * codebook).sum(dim=1, keepdim=True)
     pulling = scales if row_weights is None else scales * row_weights
     pulled = -2 * pulling[:, None] * (targets @ metric)
     queries = torch.cat([pulled, (pulling * scales)[:, None]], dim=1)
     chunks = queries.view(-1, CHUNK_ROWS, ROW_STRIDE, queries.shape[1]).permute(1, 3, 0, 2).flatten(2)
-    windows = closed_paths(chunks, torch.cat([table, norms], dim=1), code)
+    windows = tail_biting_paths(chunks, torch.cat([codebook, norms], dim=1), code)
     rows = windows.view(CHUNK_ROWS, -1, ROW_STRIDE).transpose(0, 1).reshape(-1)
-    return rows.to(index_dtype(len(table)))
+    return rows.to(index_dtype(len(codebook)))
 
 
 def chunk_rows(row_group: Tensor, inside: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def chunk_rows(row_group: Tensor, inside: Tensor) -> Tensor:
     return (ROW_GROUP * row_group + inside)[..., None] + steps
 
 
-def closed_paths(queries: Tensor, entries: Tensor, code: VQCode) -> Tensor:
-    """int64[T, N]: per chunk the windows of a closed path of nearly least Σ_t entries[w_t] · queries[t].
+def tail_biting_paths(queries: Tensor, entries: Tensor, code: VQCode) -> Tensor:
+    """int64[T, N]: per chunk the windows of a tail-biting path of nearly least Σ_t entries[w_t] · queries[t].
 
     Args:
         queries: float32[T, F, N], the coefficients of the cost of window t of chunk n.
@@ -85,26 +85,26 @@ def closed_paths(queries: Tensor, entries: Tensor, code: VQCode) -> Tensor:
     """
     held = COSTS_ON_CPU if queries.device.type == "cpu" else COSTS_ON_DEVICE
     chunks = max(1, held // (len(queries) * code.entries))
-    return torch.cat([_closed_windows(entries @ part, code) for part in queries.split(chunks, dim=2)], dim=1)
+    return torch.cat([_tail_biting_windows(entries @ part, code) for part in queries.split(chunks, dim=2)], dim=1)
 
 
-def _closed_windows(costs: Tensor, code: VQCode) -> Tensor:
+def _tail_biting_windows(costs: Tensor, code: VQCode) -> Tensor:
     """int64[T, N] windows from the costs of all, float32[T, 2^L, N]."""
     steps, _, chunks = costs.shape
     shift, overlap = code.shift, code.window - code.shift
     if shift <= overlap:
-        left = _closed_nodes(costs, overlap, shift)
+        left = _tail_biting_nodes(costs, overlap, shift)
         return (left << shift) | (left.roll(-1, dims=0) & ((1 << shift) - 1))
     # The middle bits reach neither neighbour: of the windows between two nodes only the cheapest can be on the path.
     between = costs.view(steps, 1 << overlap, 1 << (shift - overlap), 1 << overlap, chunks)
-    left = _closed_nodes(between.amin(dim=2).flatten(1, 2), overlap, overlap)
+    left = _tail_biting_nodes(between.amin(dim=2).flatten(1, 2), overlap, overlap)
     entered = left.roll(-1, dims=0)
     step, chunk = torch.arange(steps, device=costs.device)[:, None], torch.arange(chunks, device=costs.device)
     middle = between[step, left, :, entered, chunk].argmin(dim=-1)
     return (left << shift) | (middle << overlap) | entered
 
 
-def _closed_nodes(costs: Tensor, node_bits: int, shift: int) -> Tensor:
+def _tail_biting_nodes(costs: Tensor, node_bits: int, shift: int) -> Tensor:
     """int64[T, N]: the node that each window of the path leaves, from costs float32[T, 2^(node_bits + shift), N]."""
     nodes = 1 << node_bits
     seams = _likely_seams(costs, nodes, shift)

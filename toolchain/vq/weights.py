@@ -23,8 +23,8 @@ AVERAGE, WORST = "average", "worst"
 
 
 @dataclass(frozen=True)
-class FixedTable:
-    """A table that is not the group's to change: `stored` [2^L, V] int8 or float16, whose entries are worth step ·
+class FixedCodebook:
+    """A codebook that is not the group's to change: `stored` [2^L, V] int8 or float16, whose entries are worth step ·
     stored at unit row scale; 1 for float16 pairs.
     """
 
@@ -34,10 +34,11 @@ class FixedTable:
 
 @dataclass(frozen=True)
 class Options:
-    """What a method may be told. A round is a sweep, a scale refit and a table update; a table trains on `samples`.
+    """What a method may be told. A round is a sweep, a scale refit and a codebook update; a codebook trains on
+    `samples`.
 
-    `tables` are given by code: a group in one of these codes takes the table as it is, rounds refit the scales alone.
-    Codes that are not among them have a table trained. MGVQ alone takes them.
+    `codebooks` are given by code: a group in one of these codes takes the codebook as it is, rounds refit the scales
+    alone. Codes that are not among them have a codebook trained. MGVQ alone takes them.
     """
 
     damping: float = 0.01  # of the mean diagonal of H; GPTQ's and VPTQ's default
@@ -51,8 +52,8 @@ class Options:
     norm_quantile: float = 0.999  # of token norms, above which a token's mass falls, where a recipe caps them
     modalities: str = AVERAGE  # or WORST
     rotation_gain: float = 0.9  # a rotated layer must lose at most this share of what the plain one loses
-    segment_spread: float = 16.0  # of energies in a layer, below which mixing gains less than tables and scales cost
-    tables: Mapping[VQCode, FixedTable] = field(default_factory=dict)
+    segment_spread: float = 16.0  # of energies in a layer, below which mixing gains less than codebooks and scales cost
+    codebooks: Mapping[VQCode, FixedCodebook] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.modalities not in (AVERAGE, WORST):
@@ -63,19 +64,19 @@ class Options:
 
 @dataclass(frozen=True)
 class VQWeights:
-    """One quantized matrix as it is stored: codes uint8[bytes] in checkpoint order, table, scales float16[rows]."""
+    """One quantized matrix as it is stored: codes uint8[bytes] in checkpoint order, codebook, scales float16[rows]."""
 
     code: VQCode
     rows: int
     columns: int
     codes: Tensor
-    table: Tensor
+    codebook: Tensor
     scales: Tensor
 
     def decode(self) -> Tensor:
         """Ŵ float32[rows, columns], by the format's definition."""
-        codes, table, scales = (tensor.cpu().numpy() for tensor in (self.codes, self.table, self.scales))
-        return torch.from_numpy(vq_format.decode(codes, table, scales, self.code, self.rows, self.columns))
+        codes, codebook, scales = (tensor.cpu().numpy() for tensor in (self.codes, self.codebook, self.scales))
+        return torch.from_numpy(vq_format.decode(codes, codebook, scales, self.code, self.rows, self.columns))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class SegmentedWeights:
 
 @dataclass(frozen=True)
 class VQGroup:
-    """Layers that share code and table. `errors` are tr(E H Eᵀ) and `references` tr(W H Wᵀ), one float a layer."""
+    """Layers that share code and codebook. `errors` are tr(E H Eᵀ) and `references` tr(W H Wᵀ), one float a layer."""
 
     layers: tuple[VQWeights, ...]
     errors: tuple[float, ...]
@@ -121,7 +122,7 @@ StoredWeights = VQWeights | SegmentedWeights
 
 @dataclass(frozen=True)
 class SegmentedGroup:
-    """Layers in the same K-segments, which share code and table of each; `errors` and `references` as of `VQGroup`.
+    """Layers in the same K-segments, which share code and codebook of each; `errors` and `references` as of `VQGroup`.
 
     `losses` are tr(E_s' S_s E_s'ᵀ), one float a segment: what it loses after those before it were answered for, in the
     damped moment S (equation 15). They add up to tr(E S Eᵀ).
@@ -196,9 +197,9 @@ def stack_group(
     return Problem(torch.cat(stacked), padded, columns, rows, held, counted)
 
 
-def decode_stacked(indices: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+def decode_stacked(indices: Tensor, codebook: Tensor, scales: Tensor) -> Tensor:
     """Ŵ float32[m, n] from one index a lookup, integers [m, n / V]."""
-    unit = table.float()[indices.long()].reshape(indices.shape[0], -1)
+    unit = codebook.float()[indices.long()].reshape(indices.shape[0], -1)
     return unit * scales.float()[:, None]
 
 
@@ -207,18 +208,18 @@ def output_errors(difference: Tensor, problem: Problem) -> Tensor:
     return ((difference @ problem.moment) * difference).sum(dim=1, dtype=torch.float64)
 
 
-def pack_group(problem: Problem, indices: Tensor, table: Tensor, scales: Tensor, code: VQCode) -> VQGroup:
+def pack_group(problem: Problem, indices: Tensor, codebook: Tensor, scales: Tensor, code: VQCode) -> VQGroup:
     """The group in its stored form, with its errors.
 
     Args:
-        indices: integers [m, n / V], below 2**L; windows of closed chunks where L > k.
-        table: in the code's table dtype.
+        indices: integers [m, n / V], below 2**L; windows of tail-biting chunks where L > k.
+        codebook: in the code's codebook dtype.
         scales: float16[m].
     """
-    error = output_errors(problem.weight - decode_stacked(indices, table, scales), problem)
+    error = output_errors(problem.weight - decode_stacked(indices, codebook, scales), problem)
     reference = output_errors(problem.weight, problem)
     layers = tuple(
-        VQWeights(code, rows, problem.columns, pack_indices(part, code), table, scale[:rows].clone())
+        VQWeights(code, rows, problem.columns, pack_indices(part, code), codebook, scale[:rows].clone())
         for rows, part, scale in zip(problem.rows, indices.split(problem.held), scales.split(problem.held))
     )
     errors, references = (tuple(float(s.sum()) for s in v.split(problem.held)) for v in (error, reference))
@@ -238,11 +239,11 @@ def pack_indices(indices: Tensor, code: VQCode) -> Tensor:
     windows = vq_format.chunks_from_matrix(matrix, code)
     symbols = (windows >> (code.window - code.shift)).astype(np.uint8)
     if code.window > code.shift:
-        check_closed(windows, symbols, code)
+        check_tail_biting(windows, symbols, code)
     return torch.from_numpy(vq_format.pack(symbols, code))
 
 
-def check_closed(windows: NDArray, symbols: NDArray, code: VQCode) -> None:
+def check_tail_biting(windows: NDArray, symbols: NDArray, code: VQCode) -> None:
     """Refuse windows [R, 8, C, 16] that their symbols do not give back."""
     broken = (vq_format.windows_from_symbols(symbols, code) != windows).any(axis=-1)
     if broken.any():

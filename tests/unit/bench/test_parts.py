@@ -27,7 +27,7 @@ def test_statistics_are_the_moments_of_all_tokens():
     quantized, full = (torch.cat(rows) for rows in zip(*group.samples, strict=True))
     torch.testing.assert_close(pairs.whole.moment, quantized.T @ quantized / len(quantized))
     torch.testing.assert_close(pairs.whole.cross, full.T @ quantized / len(full))
-    assert pairs.whole.mass == pytest.approx(1)
+    assert pairs.whole.token_weight == pytest.approx(1)
     assert pairs.halves is not None
 
 

@@ -68,7 +68,7 @@ def test_the_sensitive_group_is_raised_first():
     assert found["model.lm.0.q"] == "4,8,8"
 
 
-def test_tied_and_fused_layers_share_code_and_table():
+def test_tied_and_fused_layers_share_code_and_codebook():
     found = {layer.name: layer for layer in plan(SPECS, KEPT, bits=2.5).layers}
     assert (found["head"].code, found["head"].table) == (found["model.lm.embed"].code, found["model.lm.embed"].table)
     assert (found["model.lm.0.q"].code, found["model.lm.0.q"].table) == (
@@ -249,7 +249,7 @@ def test_kept_tensors_belong_to_the_part_around_them():
 
 def test_real_bits_by_hand():
     found = real_bits(plan(SPECS, KEPT, bits=2.0))
-    # Vision: 32x100 padded to 128x112 and 64x32 padded to 128x32, at 2 bits; 96 scales, 2 tables of 1 KiB, 96 kept.
+    # Vision: 32x100 padded to 128x112 and 64x32 padded to 128x32, at 2 bits; 96 scales, 2 codebooks of 1 KiB, 96 kept.
     size = (128 * 112 + 128 * 32) // 4 + 2 * 96 + 2 * 1024 + 2 * 96
     weights = 32 * 100 + 64 * 32 + 96
     assert (found["vision"].bytes, found["vision"].weights) == (size, weights)
@@ -263,7 +263,7 @@ def test_real_bits_by_hand():
 def test_real_bits_of_segments_by_hand():
     found = plan(SPECS, {}, bits=2.6, overrides=[("*.down", "2,6,8@64+2,4,8@128+2,3,8")])
     layer = found.layer("model.lm.0.down")
-    # 64x256 padded to 128 rows: 64 columns of 3 bits, 128 of 2, 64 of 1.5; three tables of 1 KiB and 64 scales each.
+    # 64x256 padded to 128 rows: 64 columns of 3 bits, 128 of 2, 64 of 1.5; three codebooks of 1 KiB and 64 scales each.
     size = 128 * (64 * 3 + 128 * 2 + 64 * 1.5) / 8 + 3 * 1024 + 3 * 2 * 64
     alone = plan((SPECS[5],), {}, overrides=[("*", layer.code)])
     assert real_bits(alone)["total"].bytes == size
@@ -272,7 +272,7 @@ def test_real_bits_of_segments_by_hand():
 
 
 def test_a_plan_may_choose_segments_and_counts_their_bytes():
-    """Equal in loss to the finest code and cheaper: taken under either limit, and paid for in tables and scales."""
+    """Equal in loss to the finest code and cheaper: taken under either limit, and paid for in codebooks and scales."""
     text = "2,8,9@64+2,3,8"
     losses = {g: {"2,3,8": 1.0, "2,8,9": 0.1} for g in GROUPS} | {
         "model.lm.0.down": {"2,3,8": 1.0, text: 0.1, "2,8,9": 0.1}
@@ -281,7 +281,7 @@ def test_a_plan_may_choose_segments_and_counts_their_bytes():
     assert by_bits.layer("model.lm.0.down").code == text
     assert by_bits.index_bits() <= 3.0
     least = plan(SPECS, KEPT, bits=1.5, losses={g: {"2,3,8": 1.0} for g in GROUPS})
-    more = 128 * 64 * (4 - 1.5) / 8 + 2048 + 2 * 64  # the segment's codes and table of 2 KiB, and its scales
+    more = 128 * 64 * (4 - 1.5) / 8 + 2048 + 2 * 64  # the segment's codes and codebook of 2 KiB, and its scales
     for spare, expected in ((more - 1, "2,3,8"), (more, text)):
         one = {g: x if g == "model.lm.0.down" else {"2,3,8": 1.0} for g, x in losses.items()}
         budget = real_bits(least)["total"].bytes + int(spare)

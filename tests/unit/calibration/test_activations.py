@@ -21,7 +21,7 @@ from toolchain.values import LayerSpec
 
 
 class Case:
-    """A tiny model, a twin whose weights are off by 10 %, its layers, three answered pictures and token masses."""
+    """A tiny model, a twin whose weights are off by 10 %, its layers, three answered pictures and token weights."""
 
     def __init__(self, folder, manifest) -> None:
         config = read_config(folder)
@@ -35,7 +35,7 @@ class Case:
             weight.add_(0.1 * weight.std() * torch.randn_like(weight))
         self.inputs = calibration_inputs(family.load_processor(folder), read_manifest(manifest)[:3])
         self.survey = survey_inputs(self.full, self.inputs, self.specs)
-        self.asked = collect_loss_statistics(self.full, self.inputs, self.specs).masses
+        self.asked = collect_loss_statistics(self.full, self.inputs, self.specs).token_weights
 
     def spec(self, ending) -> LayerSpec:
         return next(spec for spec in self.specs if spec.name.endswith(ending))
@@ -71,19 +71,23 @@ def test_every_group_is_there_with_mass_1_in_two_halves(case, drifted):
     assert set(drifted) == {spec.group for spec in case.specs}
     for group, pairs in drifted.items():
         even, odd = pairs.halves
-        assert pairs.whole.mass == pytest.approx(1, abs=1e-5), group
-        assert even.mass == pytest.approx(sum(float(mass.sum()) for mass in case.asked[group][::2]), abs=1e-5)
-        assert odd.mass == pytest.approx(float(case.asked[group][1].sum()), abs=1e-5)
+        assert pairs.whole.token_weight == pytest.approx(1, abs=1e-5), group
+        assert even.token_weight == pytest.approx(
+            sum(float(token_weight.sum()) for token_weight in case.asked[group][::2]), abs=1e-5
+        )
+        assert odd.token_weight == pytest.approx(float(case.asked[group][1].sum()), abs=1e-5)
         close(even.cross + odd.cross, pairs.whole.cross)
 
 
 def test_questions_about_one_picture_are_in_one_half(case):
     """Samples 0, 1, 0 again: two pictures, the second sample's alone in its half."""
     spec = case.spec("layers.0.mlp.down_proj")
-    inputs, mass = [case.inputs[i] for i in (0, 0, 1)], case.asked[spec.group]
-    masses = {spec.group: [mass[0], mass[0], mass[1]]}
-    [pairs] = collect_pairs(case.full, None, inputs, [spec], masses).values()
-    assert [half.mass for half in pairs.halves] == pytest.approx([2 * float(mass[0].sum()), float(mass[1].sum())])
+    inputs, token_weight = [case.inputs[i] for i in (0, 0, 1)], case.asked[spec.group]
+    token_weights = {spec.group: [token_weight[0], token_weight[0], token_weight[1]]}
+    [pairs] = collect_pairs(case.full, None, inputs, [spec], token_weights).values()
+    assert [half.token_weight for half in pairs.halves] == pytest.approx(
+        [2 * float(token_weight[0].sum()), float(token_weight[1].sum())]
+    )
 
 
 @pytest.mark.parametrize("ending", ["layers.1.self_attn.v_proj", "layers.0.mlp.down_proj", "layers.1.mlp.up_proj"])
@@ -91,12 +95,12 @@ def test_sums_are_over_the_tokens_of_both_models(case, drifted, ending):
     """x_q from the model as it stands, x_f from full precision, token by token."""
     spec = next(one for one in case.specs if one.name.endswith(ending) and one.part == "language")
     rows, full = (torch.cat(case.seen(model, spec)) for model in (case.twin, case.full))
-    mass = torch.cat(case.asked[spec.group])[:, None]
+    token_weight = torch.cat(case.asked[spec.group])[:, None]
     whole = drifted[spec.group].whole
-    close(whole.moment, rows.T @ (mass * rows))
-    close(whole.cross, full.T @ (mass * rows))
-    close(whole.mean, (mass * rows).sum(dim=0))
-    close(whole.full_mean, (mass * full).sum(dim=0))
+    close(whole.moment, rows.T @ (token_weight * rows))
+    close(whole.cross, full.T @ (token_weight * rows))
+    close(whole.mean, (token_weight * rows).sum(dim=0))
+    close(whole.full_mean, (token_weight * full).sum(dim=0))
     assert float((whole.cross - whole.moment).norm() / whole.moment.norm()) > 1e-3, "the twin drifts"
 
 
@@ -128,10 +132,15 @@ def test_one_sample_alone_has_no_second_half(case):
 
 def test_masses_of_other_samples_are_refused(case):
     spec = case.spec("layers.0.mlp.down_proj")
-    wrong = {spec.group: [mass[:-1] if number == 1 else mass for number, mass in enumerate(case.asked[spec.group])]}
+    wrong = {
+        spec.group: [
+            token_weight[:-1] if number == 1 else token_weight
+            for number, token_weight in enumerate(case.asked[spec.group])
+        ]
+    }
     count = len(case.inputs[1].is_image)
     message = (
-        rf"layer {spec.name}: sample 1 gave {count} inputs, its token masses are of {count - 1}; .* the same samples"
+        rf"layer {spec.name}: sample 1 gave {count} inputs, its token weights are of {count - 1}; .* the same samples"
     )
     with pytest.raises(InputDataError, match=message):
         collect_pairs(case.full, None, case.inputs, [spec], wrong)
@@ -147,21 +156,21 @@ def test_surveyed_masses_are_those_of_the_balanced_moment(case):
     """Half for either modality: the second moment is calibration's, for every layer but the head, seen elsewhere."""
     specs = [spec for spec in case.specs if spec.part != "head"]
     expected = collect_moments(case.full, case.inputs, specs)
-    pairs = collect_pairs(case.full, None, case.inputs, specs, case.survey.masses)
+    pairs = collect_pairs(case.full, None, case.inputs, specs, case.survey.token_weights)
     for spec in specs:
         close(pairs[spec.group].whole.moment, expected[spec.name].second_moment)
 
 
 def test_surveyed_energies_are_the_diagonals(case):
-    pairs = collect_pairs(case.full, None, case.inputs, case.specs, case.survey.masses)
+    pairs = collect_pairs(case.full, None, case.inputs, case.specs, case.survey.token_weights)
     assert set(case.survey.energies) == set(pairs)
     for group, energies in case.survey.energies.items():
         close(energies, pairs[group].whole.moment.diagonal())
 
 
 def test_surveyed_masses_sum_to_1(case):
-    for group, masses in case.survey.masses.items():
-        assert float(torch.cat(masses).sum()) == pytest.approx(1, abs=1e-5), group
+    for group, token_weights in case.survey.token_weights.items():
+        assert float(torch.cat(token_weights).sum()) == pytest.approx(1, abs=1e-5), group
 
 
 def test_a_pass_ends_at_the_last_layer_asked_about(case):
@@ -193,7 +202,9 @@ def test_a_layer_that_no_input_reaches_is_refused(case):
 
 
 def test_capped_surveys_count_a_sink_as_its_neighbours(case):
-    """One token made a thousand times as loud weighs on masses and energies like the loudest ordinary token."""
+    """One token made a thousand times as loud weighs on token weights and energies like the highest-energy ordinary
+    token.
+    """
     name = case.spec("layers.1.self_attn.v_proj").name
 
     def hook(_, arguments):
@@ -209,14 +220,14 @@ def test_capped_surveys_count_a_sink_as_its_neighbours(case):
         handle.remove()
     group = case.spec("layers.1.self_attn.v_proj").group
     norms = torch.cat(capped.norms[group])
-    masses = torch.cat(capped.masses[group])
-    assert float(masses.sum()) == pytest.approx(1, abs=1e-5)
+    token_weights = torch.cat(capped.token_weights[group])
+    assert float(token_weights.sum()) == pytest.approx(1, abs=1e-5)
     loud = norms.argmax()
-    assert float(masses[loud]) < 1e-3 * float(torch.cat(plain.masses[group])[loud])
+    assert float(token_weights[loud]) < 1e-3 * float(torch.cat(plain.token_weights[group])[loud])
     ordinary = float(norms.kthvalue(int(0.9 * len(norms))).values)
     assert float(capped.energies[group].sum()) < 2 * ordinary < float(plain.energies[group].sum())
-    found = capped.capped(plain.masses, 0.9)[group]
-    torch.testing.assert_close(torch.cat(found), masses)
+    found = capped.capped(plain.token_weights, 0.9)[group]
+    torch.testing.assert_close(torch.cat(found), token_weights)
 
 
 def test_surveys_without_a_cap_keep_no_norms(case):

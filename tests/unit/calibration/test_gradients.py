@@ -17,7 +17,7 @@ from toolchain.errors import InputDataError
 from toolchain.models.configs import read_config
 from toolchain.models.registry import family_for
 from toolchain.values import LayerSpec
-from toolchain.vq.curvature import token_masses, unit_mean
+from toolchain.vq.curvature import balanced_token_weights, unit_mean
 from toolchain.vq.divergence import token_divergences
 
 SEED = 7
@@ -90,12 +90,12 @@ def case(request, tiny_manifest):
 
 @pytest.fixture(scope="module")
 def found(case):
-    """Probes of every sample, of every layer."""
+    """gradient samples of every sample, of every layer."""
     return case.collect(case.specs, held_out=range(3))
 
 
-def whole(probe) -> Tensor:
-    return probe.outputs.T @ probe.inputs
+def whole(gradient_sample) -> Tensor:
+    return gradient_sample.outputs.T @ gradient_sample.inputs
 
 
 def close(found: Tensor, expected: Tensor, share: float = 1e-4) -> None:
@@ -135,36 +135,38 @@ def test_labels_are_drawn_as_often_as_the_model_says_them():
 
 
 def test_every_layer_is_seen_once_a_sample(case, found):
-    assert set(found.probes) == {spec.name for spec in case.specs}
-    assert {len(probes) for probes in found.probes.values()} == {3}
-    assert set(found.masses) == {spec.group for spec in case.linears}
+    assert set(found.gradient_samples) == {spec.name for spec in case.specs}
+    assert {len(gradient_samples) for gradient_samples in found.gradient_samples.values()} == {3}
+    assert set(found.token_weights) == {spec.group for spec in case.linears}
 
 
 def test_probes_are_the_weight_gradients(case, found):
     for spec in case.untied():
-        for probe, expected in zip(found.probes[spec.name], case.autograd(spec), strict=True):
-            close(whole(probe), expected)
+        for gradient_sample, expected in zip(found.gradient_samples[spec.name], case.autograd(spec), strict=True):
+            close(whole(gradient_sample), expected)
             difference = difference_like(expected)
             inner = float((expected.double() * difference).sum())
             scale = float(expected.norm() * difference.norm()) / expected.numel() ** 0.5
-            assert probe.product(difference) == pytest.approx(inner, abs=1e-3 * scale)
+            assert gradient_sample.product(difference) == pytest.approx(inner, abs=1e-3 * scale)
 
 
 def test_embedding_and_head_share_what_the_tied_weight_is_asked(case, found):
-    """⟨G, E⟩ of one weight read at both ends is the sum of both probes; of an embedding alone its own."""
+    """⟨G, E⟩ of one weight read at both ends is the sum of both gradient samples; of an embedding alone its own."""
     embedding = next(spec for spec in case.specs if spec.kind == "embedding")
     ends = [embedding, *(spec for spec in case.specs if spec.tied_to == embedding.name)]
     gradients = case.autograd(embedding)
     difference = difference_like(gradients[0])
     for number, gradient in enumerate(gradients):
         inner = float((gradient.double() * difference).sum())
-        assert sum(found.probes[end.name][number].product(difference) for end in ends) == pytest.approx(inner, rel=1e-3)
+        assert sum(found.gradient_samples[end.name][number].product(difference) for end in ends) == pytest.approx(
+            inner, rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_masses_of_every_group_sum_to_1(case, power):
-    masses = case.collect(case.linears, power=power).masses
-    for group, parts in masses.items():
+    token_weights = case.collect(case.linears, power=power).token_weights
+    for group, parts in token_weights.items():
         assert len(parts) == len(case.inputs)
         assert float(torch.cat(parts).sum()) == pytest.approx(1, abs=1e-5), group
         assert float(torch.cat(parts).min()) >= 0
@@ -175,19 +177,19 @@ def test_masses_follow_the_gradients_of_all_members(case, found, ending):
     """s_t = ‖δ_t‖² / m over the outputs of all layers that read the input; pictures and text of all samples."""
     spec = next(one for one in case.linears if one.name.endswith(ending) and one.part == "language")
     members = [one for one in case.linears if one.group == spec.group]
-    stacked = [torch.cat([found.probes[one.name][b].outputs for one in members], dim=1) for b in range(3)]
+    stacked = [torch.cat([found.gradient_samples[one.name][b].outputs for one in members], dim=1) for b in range(3)]
     norms = torch.cat(stacked).square().mean(dim=1)
-    expected = token_masses(norms, torch.cat([one.is_image for one in case.inputs]))
-    close(torch.cat(found.masses[spec.group]), expected)
+    expected = balanced_token_weights(norms, torch.cat([one.is_image for one in case.inputs]))
+    close(torch.cat(found.token_weights[spec.group]), expected)
 
 
 def test_masses_of_the_head_are_those_of_its_answers(case, found):
     """The position after the last answer token is read by the head and asked nothing."""
     head = next(spec for spec in case.linears if spec.part == "head")
-    for one, mass in zip(case.inputs, found.masses[head.group], strict=True):
-        assert len(mass) == one.answer_tokens + 1
-        assert float(mass[-1]) == 0
-        assert float(mass[:-1].min()) > 0
+    for one, token_weight in zip(case.inputs, found.token_weights[head.group], strict=True):
+        assert len(token_weight) == one.answer_tokens + 1
+        assert float(token_weight[-1]) == 0
+        assert float(token_weight[:-1].min()) > 0
 
 
 def test_output_curvature_is_the_mean_of_the_outer_products(case, found):
@@ -195,10 +197,12 @@ def test_output_curvature_is_the_mean_of_the_outer_products(case, found):
     specs = [spec for spec in case.linears if spec.rows <= 128]
     rows = case.collect(case.linears, rows_up_to=128).rows
     assert set(rows) == {spec.name for spec in specs}
-    few = {len(found.probes[spec.name][0].inputs) <= spec.columns for spec in specs}
+    few = {len(found.gradient_samples[spec.name][0].inputs) <= spec.columns for spec in specs}
     assert few == {True, False}, "both ways of forming it"
     for spec in specs:
-        products = torch.stack([whole(probe) @ whole(probe).T for probe in found.probes[spec.name]])
+        products = torch.stack(
+            [whole(gradient_sample) @ whole(gradient_sample).T for gradient_sample in found.gradient_samples[spec.name]]
+        )
         close(rows[spec.name], unit_mean(products.mean(dim=0)))
         assert float(rows[spec.name].diagonal().mean()) == pytest.approx(1, rel=1e-4)
 
@@ -206,23 +210,24 @@ def test_output_curvature_is_the_mean_of_the_outer_products(case, found):
 def test_held_out_samples_stay_out_of_the_output_curvature(case, found):
     spec = case.spec("layers.1.self_attn.o_proj")
     part = case.collect([spec], rows_up_to=128, held_out=[1])
-    products = torch.stack([whole(found.probes[spec.name][b]) for b in (0, 2)])
+    products = torch.stack([whole(found.gradient_samples[spec.name][b]) for b in (0, 2)])
     close(part.rows[spec.name], unit_mean((products @ products.mT).mean(dim=0)))
-    [probe] = part.probes[spec.name]
-    close(whole(probe), whole(found.probes[spec.name][1]))
+    [gradient_sample] = part.gradient_samples[spec.name]
+    close(whole(gradient_sample), whole(found.gradient_samples[spec.name][1]))
 
 
 def test_several_draws_are_averaged(case):
-    """Probes of every draw are kept; masses are of the mean of their squares."""
+    """gradient samples of every draw are kept; token weights are of the mean of their squares."""
     spec = case.spec("layers.1.mlp.down_proj")
     drawn = case.collect([spec], held_out=range(3), draws=4)
-    probes = drawn.probes[spec.name]
-    assert len(probes) == 12
+    gradient_samples = drawn.gradient_samples[spec.name]
+    assert len(gradient_samples) == 12
     norms = [
-        torch.stack([p.outputs.square().mean(dim=1) for p in probes[4 * b : 4 * b + 4]]).mean(dim=0) for b in range(3)
+        torch.stack([p.outputs.square().mean(dim=1) for p in gradient_samples[4 * b : 4 * b + 4]]).mean(dim=0)
+        for b in range(3)
     ]
-    expected = token_masses(torch.cat(norms), torch.cat([one.is_image for one in case.inputs]))
-    close(torch.cat(drawn.masses[spec.group]), expected)
+    expected = balanced_token_weights(torch.cat(norms), torch.cat([one.is_image for one in case.inputs]))
+    close(torch.cat(drawn.token_weights[spec.group]), expected)
 
 
 def test_a_step_along_the_gradient_changes_the_loss_as_predicted(case, found):
@@ -231,14 +236,14 @@ def test_a_step_along_the_gradient_changes_the_loss_as_predicted(case, found):
         scores = answer_scores(case.model, case.inputs[0])
     labels = draw_labels(scores, 1, torch.Generator().manual_seed(SEED))
     for spec in case.untied():
-        probe = found.probes[spec.name][0]
-        gradient = whole(probe)
+        gradient_sample = found.gradient_samples[spec.name][0]
+        gradient = whole(gradient_sample)
         length = float(gradient.square().sum())
         step = min(0.01 * float(case.weight(spec).norm()) / length**0.5, 0.01 / length)
         above, below = (
             -case.moved_scores(spec, sign * step * gradient).double().gather(1, labels).mean() for sign in (1, -1)
         )
-        assert float(above - below) == pytest.approx(2 * step * probe.product(gradient), rel=0.02), spec.name
+        assert float(above - below) == pytest.approx(2 * step * gradient_sample.product(gradient), rel=0.02), spec.name
 
 
 @pytest.mark.parametrize("ending", ["layers.1.mlp.down_proj", "layers.1.self_attn.v_proj"])
@@ -249,9 +254,9 @@ def test_drawn_gradients_are_the_curvature_of_the_divergence(case, ending):
     """
     spec = next(one for one in case.linears if one.name.endswith(ending) and one.part == "language")
     one, draws = case.inputs[0], 400
-    probes = case.collect([spec], [one], held_out=[0], draws=draws).probes[spec.name]
+    gradient_samples = case.collect([spec], [one], held_out=[0], draws=draws).gradient_samples[spec.name]
     difference = difference_like(case.weight(spec))
-    products = torch.tensor([probe.product(difference) for probe in probes])
+    products = torch.tensor([gradient_sample.product(difference) for gradient_sample in gradient_samples])
     predicted = 0.5 * one.answer_tokens * float(products.square().mean())
     with torch.no_grad():
         before = answer_scores(case.model, one)
@@ -263,7 +268,9 @@ def test_drawn_gradients_are_the_curvature_of_the_divergence(case, ending):
 
 def test_the_seed_is_all_that_is_random(case):
     spec = case.spec("layers.1.mlp.down_proj")
-    first, again, other = (case.collect([spec], held_out=[0], seed=seed).probes[spec.name][0] for seed in (3, 3, 4))
+    first, again, other = (
+        case.collect([spec], held_out=[0], seed=seed).gradient_samples[spec.name][0] for seed in (3, 3, 4)
+    )
     assert torch.equal(first.outputs, again.outputs)
     assert not torch.equal(first.outputs, other.outputs)
 
@@ -299,18 +306,21 @@ def test_a_layer_that_no_loss_reaches_is_refused(case):
 def test_probes_tell_modalities_and_columns_apart(case, ending):
     """⟨G, E⟩ is the sum of what text and picture tokens give, and of what the columns give."""
     spec = next(one for one in case.linears if one.name.endswith(ending) and one.part == "language")
-    (probe, *_) = case.collect([spec], held_out=range(3)).probes[spec.name]
-    assert torch.equal(probe.is_image, case.inputs[0].is_image)
+    (gradient_sample, *_) = case.collect([spec], held_out=range(3)).gradient_samples[spec.name]
+    assert torch.equal(gradient_sample.is_image, case.inputs[0].is_image)
     error = torch.randn(spec.rows, spec.columns, generator=torch.Generator().manual_seed(0))
-    whole = probe.product(error)
-    parts = [probe.of_tokens(marks).product(error) for marks in (probe.is_image, ~probe.is_image)]
+    whole = gradient_sample.product(error)
+    parts = [
+        gradient_sample.of_tokens(marks).product(error)
+        for marks in (gradient_sample.is_image, ~gradient_sample.is_image)
+    ]
     assert sum(parts) == pytest.approx(whole, rel=1e-4, abs=1e-7)
-    columns = probe.by_column(error)
+    columns = gradient_sample.by_column(error)
     assert columns.shape == (spec.columns,)
     error[:, 5:] = 0
-    assert float(columns[:5].sum()) == pytest.approx(probe.product(error), rel=1e-4, abs=1e-7)
+    assert float(columns[:5].sum()) == pytest.approx(gradient_sample.product(error), rel=1e-4, abs=1e-7)
 
 
 def test_probes_outside_the_decoder_are_of_one_kind(case):
     spec = next(one for one in case.linears if one.part == "vision" and one.kind == "linear")
-    assert case.collect([spec], held_out=[0]).probes[spec.name][0].is_image is None
+    assert case.collect([spec], held_out=[0]).gradient_samples[spec.name][0].is_image is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from toolchain.calibration.held_out import GATED, gate_samples, mending_split
+from toolchain.calibration.held_out import GATED, gate_samples, refinement_split
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.quantize.refine import finetune, rounds
 
@@ -16,19 +16,19 @@ def of_picture(number):
 
 def test_rounds_and_tuning_have_one_split_and_no_picture_on_both_sides():
     pictures = [0, 1, 2, 3, 0, 3, 4, 5, 6, 7, 7, 1]
-    fit, apart, count = mending_split([of_picture(number) for number in pictures])
+    fit, apart, count = refinement_split([of_picture(number) for number in pictures])
     assert sorted(fit + apart) == list(range(12))
     assert {pictures[number] for number in apart} == {3, 7}
     assert count == 2
     assert not {pictures[number] for number in apart} & {pictures[number] for number in fit}
     for module in (finetune, rounds):
-        assert module.mending_split is mending_split
+        assert module.refinement_split is refinement_split
 
 
 def test_with_too_few_pictures_all_are_fitted_to_and_judge():
     everything = list(range(8))
-    assert mending_split([of_picture(number % 3) for number in range(8)]) == (everything, everything, 0)
-    assert mending_split([of_picture(number % 4) for number in range(8)])[2] == 1
+    assert refinement_split([of_picture(number % 3) for number in range(8)]) == (everything, everything, 0)
+    assert refinement_split([of_picture(number % 4) for number in range(8)])[2] == 1
 
 
 def test_a_gates_pictures_are_on_one_side_however_the_questions_come():

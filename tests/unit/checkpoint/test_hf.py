@@ -45,7 +45,7 @@ def assert_same_buffers(first, second):
     ours, theirs = vq_modules(first), vq_modules(second)
     assert set(ours) == set(theirs)
     for name, module in ours.items():
-        for kind in ("codes", "scales", "table"):
+        for kind in ("codes", "scales", "codebook"):
             mine, other = getattr(module, kind), getattr(theirs[name], kind)
             assert mine.dtype == other.dtype
             assert torch.equal(mine, other)
@@ -91,7 +91,7 @@ def test_a_missing_tensor_is_refused(quantized, tmp_path):
 
 
 def test_a_checkpoint_with_segments_loads_as_any_other(tiny_qwen2_vl, tiny_manifest, tmp_path, inputs):
-    """Names, biases and tables are those of the plan; saved again, it is the same checkpoint."""
+    """Names, biases and codebooks are those of the plan; saved again, it is the same checkpoint."""
     text = "2,6,8@64+2,4,8"
     options = Options(rounds=1, lloyd_rounds=1, samples=500)
     out = tmp_path / "q"

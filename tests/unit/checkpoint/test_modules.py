@@ -12,22 +12,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from toolchain.checkpoint.modules import (
+    VQCodebooks,
     VQConv,
     VQEmbedding,
     VQLinear,
     VQModule,
-    VQTables,
     decode_rows,
     decode_weight,
     keep_decoded,
     patch_rows,
     replacement_for,
 )
-from toolchain.checkpoint.rotated import rotate_model, turn_model_back
+from toolchain.checkpoint.rotated import inverse_rotate_model, rotate_model
 from toolchain.errors import ShapeError
 from toolchain.values import CODES, LayerPlan, VQCode
 from toolchain.vq import format as vq_format
-from toolchain.vq.rotation import rotate, turn_back
+from toolchain.vq.rotation import inverse_rotate, rotate
 from toolchain.vq.weights import VQWeights
 
 ALL_CODES = [VQCode(v, k, window) for v in (2, 4) for k in range(1, 9) for window in range(k, 10)]
@@ -37,9 +37,9 @@ def random_weights(code: VQCode, rows: int, columns: int, seed: int = 0) -> VQWe
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 256, size=code.codes_bytes(rows, columns), dtype=np.uint8)
     shape = (code.entries, code.vector)
-    table = rng.integers(-127, 128, size=shape).astype(np.int8) if code.vector == 4 else rng.normal(size=shape)
+    codebook = rng.integers(-127, 128, size=shape).astype(np.int8) if code.vector == 4 else rng.normal(size=shape)
     scales = rng.uniform(0.01, 0.1, size=rows).astype(np.float16)
-    arrays = (codes, table.astype(code.table_dtype), scales)
+    arrays = (codes, codebook.astype(code.codebook_dtype), scales)
     return VQWeights(code, rows, columns, *(torch.from_numpy(a) for a in arrays))
 
 
@@ -56,8 +56,8 @@ def layer(kind: str, code: str, rows: int, columns: int) -> LayerPlan:
 @given(st.sampled_from(ALL_CODES), st.integers(1, 300), st.integers(1, 50), st.integers(0, 2**32))
 def test_decode_equals_the_format_bit_for_bit(code, rows, columns, seed):
     w = random_weights(code, rows, columns, seed)
-    expected = vq_format.decode(w.codes.numpy(), w.table.numpy(), w.scales.numpy(), code, rows, columns)
-    found = decode_weight(w.codes, w.table, w.scales, code, rows, columns, torch.float32)
+    expected = vq_format.decode(w.codes.numpy(), w.codebook.numpy(), w.scales.numpy(), code, rows, columns)
+    found = decode_weight(w.codes, w.codebook, w.scales, code, rows, columns, torch.float32)
     assert np.array_equal(found.numpy(), expected)
     assert np.array_equal(w.decode().numpy(), expected)
 
@@ -67,7 +67,7 @@ def test_decode_equals_the_format_bit_for_bit(code, rows, columns, seed):
 def test_decoded_rows_are_rows_of_the_whole(code, rows, columns, seed):
     w = random_weights(code, rows, columns, seed)
     ids = torch.from_numpy(np.random.default_rng(seed).integers(0, rows, size=(2, 3)))
-    stored = (w.codes, w.table, w.scales, code, rows, columns, torch.float32)
+    stored = (w.codes, w.codebook, w.scales, code, rows, columns, torch.float32)
     assert torch.equal(decode_rows(ids, *stored), decode_weight(*stored)[ids])
 
 
@@ -91,7 +91,7 @@ def test_a_rotated_linear_multiplies_rotated_inputs():
     stored = module.dense(torch.float32)
     torch.testing.assert_close(module(x), F.linear(rotate(x, 64), stored, module.bias))
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(module.weight, turn_back(stored, 64))
+    torch.testing.assert_close(module.weight, inverse_rotate(stored, 64))
     with keep_decoded(module):
         torch.testing.assert_close(module(x), F.linear(rotate(x, 64), stored, module.bias))
 
@@ -109,7 +109,7 @@ def test_a_rotated_model_computes_the_same_and_turns_back():
     rotate_model(model, {"0": 64, "1": 16})
     assert not torch.allclose(model[1].weight, before[1].weight, atol=1e-2)
     torch.testing.assert_close(model(x), before(x), atol=1e-5, rtol=1e-5)
-    turn_model_back(model, {"0": 64, "1": 16})
+    inverse_rotate_model(model, {"0": 64, "1": 16})
     assert not model[0]._forward_pre_hooks
     for one, other in zip(model, before, strict=True):
         torch.testing.assert_close(one.weight, other.weight, atol=1e-6, rtol=0)
@@ -160,7 +160,7 @@ def test_keep_decoded_changes_no_number_and_ends():
 def test_moving_a_model_leaves_the_format_alone(dtype):
     module = filled(VQLinear(CODES["2,6,6"], 10, 16, "t0", torch.float32, bias=True))
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    model = nn.Sequential(module, VQTables({"t0": CODES["2,6,6"]})).to(dtype)
+    model = nn.Sequential(module, VQCodebooks({"t0": CODES["2,6,6"]})).to(dtype)
     for name, buffer in model[0].named_buffers():
         assert buffer.dtype == before[name].dtype
         assert torch.equal(buffer, before[name])

@@ -26,8 +26,8 @@ def weights(plan: LayerPlan = PLAN) -> SegmentedWeights:
     rng, found = np.random.default_rng(0), []
     for piece in plan.segments:
         code = piece.vq_code
-        symbols, table, scales = random_weights(code, piece.rows, piece.columns, rng)
-        stored = (vq_format.pack(symbols, code), table, scales)
+        symbols, codebook, scales = random_weights(code, piece.rows, piece.columns, rng)
+        stored = (vq_format.pack(symbols, code), codebook, scales)
         found.append(VQWeights(code, piece.rows, piece.columns, *(torch.from_numpy(a) for a in stored)))
     return SegmentedWeights(tuple(found))
 
@@ -67,7 +67,7 @@ def test_the_kernels_segments_are_these():
     parts = module.parts
     codes = [order.device_from_checkpoint(p.codes, p.code, p.rows, p.columns) for p in parts]
     formats = [n for p in parts for n in (p.code.vector, p.code.shift, p.code.window, p.columns)]
-    found = ops.linear(x, codes, [p.table for p in parts], [p.scales for p in parts], formats, 70, module.bias, 0)
+    found = ops.linear(x, codes, [p.codebook for p in parts], [p.scales for p in parts], formats, 70, module.bias, 0)
     torch.testing.assert_close(found, module(x), rtol=1e-5, atol=1e-5)
 
 
@@ -77,13 +77,13 @@ def test_its_state_is_what_the_plan_names():
     before = model.inner.bias.detach().clone()
     install_layers(model, (PLAN,))
     pieces = {f"{p.name}.{kind}" for p in PLAN.pieces for kind in ("codes", "scales")}
-    tables = {f"mgvq_tables.{p.table}" for p in PLAN.pieces}
-    assert set(model.state_dict()) == pieces | tables | {"inner.bias"}
+    codebooks = {f"mgvq_tables.{p.table}" for p in PLAN.pieces}
+    assert set(model.state_dict()) == pieces | codebooks | {"inner.bias"}
     assert torch.equal(model.inner.bias, before)
     model.inner.set_weights(weights())
     check_values(model)
     for piece in PLAN.pieces:
-        assert vq_modules(model)[piece.name].table_id == piece.table
+        assert vq_modules(model)[piece.name].codebook_id == piece.table
 
 
 def test_a_layer_in_segments_is_one_layer_and_several_modules():

@@ -27,7 +27,7 @@ from toolchain.quantize.baselines.compared import ComparedGroup
 from toolchain.quantize.baselines.dense import dense_bits, quantize_dense
 from toolchain.quantize.baselines.registry import COMPARED, METHODS
 from toolchain.quantize.checkpoint import kept_parameters, quantize_checkpoint
-from toolchain.quantize.driver.request import QuantizeSettings, open_job
+from toolchain.quantize.driver.request import QuantizeSettings, open_request
 from toolchain.values import Sample
 
 KEYS = {"method", "bits", "bytes", "kl", "kl_low", "kl_high", "accuracy", "seconds"}  # DESIGN section 8
@@ -220,7 +220,7 @@ def test_answers_are_asked_token_by_token(tiny_qwen2_vl, samples):
 
 def dense_at_2_bits(folder, samples, method):
     base = open_checkpoint(folder)
-    job = open_job(base, QuantizeSettings(bits=2.0))
+    job = open_request(base, QuantizeSettings(bits=2.0))
     inputs = calibration_inputs(job.family.load_processor(folder), samples)
     return quantize_dense(replace(job, inputs=inputs), method)
 
@@ -242,7 +242,7 @@ def test_a_stored_method_comes_out_the_same_in_memory(tiny_qwen2_vl, samples, tm
 
     def decoded(weights, moment, code, options, generator):
         group = METHODS["rtn"](weights, moment, code, options, generator)
-        size = code.table_bytes + sum(x.codes.numel() + 2 * x.rows for x in group.layers)
+        size = code.codebook_bytes + sum(x.codes.numel() + 2 * x.rows for x in group.layers)
         return ComparedGroup(tuple(x.decode() for x in group.layers), group.errors, group.references, size)
 
     quantize_checkpoint(tiny_qwen2_vl, samples[0], tmp_path / "out", QuantizeSettings(method="rtn", bits=2.0))
@@ -276,7 +276,7 @@ def test_bytes_of_groups_are_counted_as_the_format_counts(tiny_qwen2_vl):
     sizes: dict[str, int] = {}
     for layer in plan.layers:
         if not layer.tied_to:
-            table = 0 if layer.group in sizes else layer.vq_code.table_bytes
+            table = 0 if layer.group in sizes else layer.vq_code.codebook_bytes
             sizes[layer.group] = sizes.get(layer.group, 0) + table + layer.codes_bytes + layer.scales_bytes
     assert dense_bits(plan, sizes) == real_bits(plan)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from toolchain.evaluate.compare_plot import LABEL_GAP, plot_rows, spread
 
-PARTS = ["overlap", "mix", "deal", "fisher", "drift", "descent", "rounds", "bias"]
+PARTS = ["overlap", "mix", "interleave", "fisher", "drift", "descent", "rounds", "bias"]
 METHODS = ["rtn", "gptq", "gptq-rotated", "gptvq", "vptq", "nearest", "mgvq", *(f"mgvq-{part}" for part in PARTS)]
 
 

@@ -33,7 +33,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
         made.append(1)
         return TENSORS, {"n": 1}
 
-    first, second = store.made("x", make), store.made("x", make)
+    first, second = store.get_or_make("x", make), store.get_or_make("x", make)
     assert len(made) == 1
     assert first[1] == second[1] == {"n": 1}
 
@@ -45,7 +45,7 @@ def test_a_broken_piece_is_made_again(tmp_path, damage):
     path = next(store.folder.glob("x.*.safetensors"))
     path.write_bytes(damage(path.read_bytes()))
     assert store.get("x") is None
-    assert torch.equal(store.made("x", lambda: (TENSORS, 3))[0]["codes"], TENSORS["codes"])
+    assert torch.equal(store.get_or_make("x", lambda: (TENSORS, 3))[0]["codes"], TENSORS["codes"])
 
 
 def test_a_name_that_begins_another_is_not_it(tmp_path):

@@ -48,7 +48,7 @@ def test_weights_in_the_graph_are_those_of_the_module_bit_for_bit(tiny_model, ti
             module = modules[node.name]
             symbols = vq_format.unpack(module.codes.numpy(), module.code, module.rows, module.columns)
             np.testing.assert_array_equal(arrays[f"{node.name}.codes"], symbols)
-            np.testing.assert_array_equal(arrays[f"mgvq_tables.{module.table_id}"], module.table.float().numpy())
+            np.testing.assert_array_equal(arrays[f"mgvq_tables.{module.codebook_id}"], module.codebook.float().numpy())
             np.testing.assert_array_equal(arrays[f"{node.name}.scales"], module.scales.float().numpy())
 
 

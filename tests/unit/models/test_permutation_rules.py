@@ -1,4 +1,4 @@
-"""Energies, dealing and refusals of column orders, on orders written by hand."""
+"""Energies, interleaving and refusals of column permutations, on permutations written by hand."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from toolchain.errors import NumericGateError, ShapeError
-from toolchain.models.permutations import FreeOrder, Place, apply_orders, column_order, combined_energies, dealt_order
+from toolchain.models.permutations import (
+    FreePermutation,
+    Place,
+    apply_permutations,
+    column_permutation,
+    combined_energies,
+    interleaved,
+)
 
-SHARED = FreeOrder(
+SHARED = FreePermutation(
     "attention", 4, 2, ("o",), (Place("o.weight", 1, 0, 2), Place("v.weight", 0), Place("v.bias", 0))
 )  # two KV heads of two columns, two query heads each
-STREAM = FreeOrder("stream", 2, 2, ("a", "merger"), (Place("a.weight", 1), Place("merger.weight", 1, 0, 2)))
+STREAM = FreePermutation("stream", 2, 2, ("a", "merger"), (Place("a.weight", 1), Place("merger.weight", 1, 0, 2)))
 
 
 def test_energies_of_shared_columns_worked_by_hand():
@@ -35,8 +42,8 @@ def test_readers_weigh_alike_whatever_their_scale():
 
 def test_dealing_stays_inside_units():
     energies = torch.tensor([1.0, 2.0, 4.0, 3.0])
-    assert dealt_order(SHARED, energies, 2).tolist() == [1, 0, 2, 3]
-    assert dealt_order(replace(SHARED, unit=4), energies, 2).tolist() == [2, 1, 3, 0]
+    assert interleaved(SHARED, energies, 2).tolist() == [1, 0, 2, 3]
+    assert interleaved(replace(SHARED, unit=4), energies, 2).tolist() == [2, 1, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -46,9 +53,9 @@ def test_dealing_stays_inside_units():
         (lambda: combined_energies(SHARED, {"o": torch.ones(4)}), ShapeError, r"8 energies for o, found \[4\]"),
         (lambda: combined_energies(SHARED, {"o": torch.zeros(8)}), NumericGateError, "layer o: .* found 0"),
         (lambda: combined_energies(SHARED, {}, {"o": 0.0}), ShapeError, "expected weights of at least 0"),
-        (lambda: dealt_order(SHARED, torch.ones(3), 2), ShapeError, r"expected 4 energies, found shape \[3\]"),
-        (lambda: dealt_order(SHARED, torch.ones(4), 4), ShapeError, "multiple of V = 4"),
-        (lambda: column_order(SHARED, "v", torch.arange(4)), ShapeError, r"readers \['o'\], found 'v'"),
+        (lambda: interleaved(SHARED, torch.ones(3), 2), ShapeError, r"expected 4 energies, found shape \[3\]"),
+        (lambda: interleaved(SHARED, torch.ones(4), 4), ShapeError, "multiple of V = 4"),
+        (lambda: column_permutation(SHARED, "v", torch.arange(4)), ShapeError, r"readers \['o'\], found 'v'"),
     ],
 )
 def test_wrong_energies_are_refused(call, error, message):
@@ -73,7 +80,7 @@ class Attention(torch.nn.Module):
 )
 def test_what_is_not_an_order_is_refused(order, message):
     with pytest.raises(ShapeError, match=message):
-        apply_orders(Attention(), {"attention": order}, [SHARED])
+        apply_permutations(Attention(), {"attention": order}, [SHARED])
 
 
 @pytest.mark.parametrize(
@@ -88,10 +95,10 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(free, rows, message):
     model = Attention(rows)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ShapeError, match=message):
-        apply_orders(model, {"attention": torch.tensor([1, 0, 2, 3])}, [free])
+        apply_permutations(model, {"attention": torch.tensor([1, 0, 2, 3])}, [free])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_an_unknown_order_is_refused():
-    with pytest.raises(ShapeError, match=r"expected orders among \['attention'\], found \['mlp'\]"):
-        apply_orders(Attention(), {"mlp": torch.arange(4)}, [SHARED])
+    with pytest.raises(ShapeError, match=r"expected permutations among \['attention'\], found \['mlp'\]"):
+        apply_permutations(Attention(), {"mlp": torch.arange(4)}, [SHARED])

@@ -1,4 +1,4 @@
-"""Folded column orders change no output; each of their places is needed; and they cover every layer's columns."""
+"""Folded column permutations change no output; each of their places is needed; and they cover every layer's columns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from toolchain.calibration.inputs import CalibrationInput, calibration_inputs
 from toolchain.calibration.manifest import read_manifest
 from toolchain.calibration.moments import collect_moments
 from toolchain.models.configs import read_config
-from toolchain.models.permutations import FreeOrder, apply_orders, column_order
+from toolchain.models.permutations import FreePermutation, apply_permutations, column_permutation
 from toolchain.models.registry import family_for
 
-TOLERANCE = 1e-10  # of the largest logit; float64 leaves 3e-15 over all orders of these models
+TOLERANCE = 1e-10  # of the largest logit; float64 leaves 3e-15 over all permutations of these models
 NEEDED = 1e-5  # a place left behind changes more than this; the least seen is 1.7e-4, a bias of the tiny Qwen2-VL
 
 INTERNVL_1B = {
@@ -73,21 +73,21 @@ UNUSUAL = {
 
 
 class Loaded:
-    """A model in float64, its family's free orders, and inputs with and without pictures."""
+    """A model in float64, its family's free permutations, and inputs with and without pictures."""
 
     def __init__(self, config, model, inputs):
         self.config, self.family = config, family_for(config)
         self.model, self.inputs = model.double().eval(), inputs
-        self.free = self.family.free_orders(config)
+        self.free = self.family.free_permutations(config)
 
     def logits(self, model=None):
         with torch.no_grad(), nothing_in_float32():
             found = [(model or self.model)(**_doubled(one.tensors), use_cache=False).logits for one in self.inputs]
         return torch.cat([x.flatten() for x in found])
 
-    def permuted(self, free_orders, orders):
+    def permuted(self, free_permutations, permutations):
         model = copy.deepcopy(self.model)
-        apply_orders(model, orders, free_orders)
+        apply_permutations(model, permutations, free_permutations)
         return model
 
 
@@ -127,10 +127,10 @@ def loaded(request, tiny_manifest):
     return Loaded(config, model, calibration_inputs(processor, read_manifest(tiny_manifest)[:1]))
 
 
-def random_orders(free_orders, seed=0):
+def random_orders(free_permutations, seed=0):
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for free in free_orders:
+    for free in free_permutations:
         units = [torch.randperm(free.unit, generator=generator) for _ in range(free.size // free.unit)]
         found[free.name] = torch.cat([first * free.unit + unit for first, unit in enumerate(units)])
     return found
@@ -148,16 +148,16 @@ def test_all_orders_at_once_change_no_output(loaded):
 
 def test_an_order_moves_its_readers_columns_and_no_other_layers(loaded):
     before = dict(loaded.model.named_parameters(remove_duplicate=False))
-    orders = random_orders(loaded.free)
+    permutations = random_orders(loaded.free)
     readers = {reader for free in loaded.free for reader in free.readers}
     for free in loaded.free:
-        model = loaded.permuted(loaded.free, {free.name: orders[free.name]})
+        model = loaded.permuted(loaded.free, {free.name: permutations[free.name]})
         after = dict(model.named_parameters(remove_duplicate=False))
         rows = {place.parameter: place for place in free.places if place.axis == 0}
         for reader in readers:
             old, new = before[f"{reader}.weight"], after[f"{reader}.weight"]
             if reader in free.readers:
-                expected = old[:, column_order(free, reader, orders[free.name])]
+                expected = old[:, column_permutation(free, reader, permutations[free.name])]
                 assert torch.equal(new, expected), reader
                 assert not torch.equal(new, old), reader
             elif f"{reader}.weight" not in rows:
@@ -166,16 +166,18 @@ def test_an_order_moves_its_readers_columns_and_no_other_layers(loaded):
 
 def test_every_place_is_needed(loaded):
     """With one place left behind the model computes something else, so none is there for nothing."""
-    expected, orders = loaded.logits(), random_orders(loaded.free)
+    expected, permutations = loaded.logits(), random_orders(loaded.free)
     inert = []
     for free in loaded.free:
-        model = loaded.permuted(loaded.free, {free.name: orders[free.name]})
+        model = loaded.permuted(loaded.free, {free.name: permutations[free.name]})
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for place in free.places:
-            one = FreeOrder(free.name, free.size, free.unit, (), (place,))
+            one = FreePermutation(free.name, free.size, free.unit, (), (place,))
             with torch.no_grad():
                 moved = parameters[place.parameter].clone()
-                apply_orders(Holder(place.parameter, parameters[place.parameter]), inverse(orders, free), [one])
+                apply_permutations(
+                    Holder(place.parameter, parameters[place.parameter]), inverse(permutations, free), [one]
+                )
                 if difference(loaded.logits(model), expected) < NEEDED:
                     inert.append(place.parameter)
                 parameters[place.parameter].copy_(moved)
@@ -196,8 +198,8 @@ class Holder(torch.nn.Module):
         module.register_parameter(last, parameter)
 
 
-def inverse(orders, free):
-    return {free.name: orders[free.name].argsort()}
+def inverse(permutations, free):
+    return {free.name: permutations[free.name].argsort()}
 
 
 def test_every_layers_columns_are_in_one_order_and_sizes_agree(loaded):
@@ -210,17 +212,17 @@ def test_published_layouts_are_covered(config):
 
 
 def check_coverage(family, config):
-    specs, free_orders = family.layers(config), family.free_orders(config)
-    readers = [reader for free in free_orders for reader in free.readers]
+    specs, free_permutations = family.layers(config), family.free_permutations(config)
+    readers = [reader for free in free_permutations for reader in free.readers]
     assert sorted(readers) == sorted(spec.name for spec in specs if spec.kind != "conv")
     columns = {spec.name: spec.columns for spec in specs}
-    for free in free_orders:
+    for free in free_permutations:
         assert free.size % free.unit == 0
         for reader in free.readers:
             assert free.size * free.reader_place(reader).repeats == columns[reader], (free.name, reader)
-    assert len({free.name for free in free_orders}) == len(free_orders)
-    places = [(place.parameter, place.axis) for free in free_orders for place in free.places]
-    assert len(set(places)) == len(places), "two orders would permute the same axis"
+    assert len({free.name for free in free_permutations}) == len(free_permutations)
+    places = [(place.parameter, place.axis) for free in free_permutations for place in free.places]
+    assert len(set(places)) == len(places), "two permutations would permute the same axis"
 
 
 @pytest.mark.parametrize("config", [QWEN2_VL_2B, INTERNVL_1B], ids=["qwen2-vl-2b", "internvl-1b"])
@@ -229,14 +231,16 @@ def test_published_models_have_every_place(config):
     builder = Qwen2VLConfig if config["model_type"] == "qwen2_vl" else InternVLConfig
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(builder(**copy.deepcopy(config)))
-    free_orders = family_for(config).free_orders(config)
-    apply_orders(model, {free.name: torch.arange(free.size) for free in free_orders}, free_orders)
+    free_permutations = family_for(config).free_permutations(config)
+    apply_permutations(model, {free.name: torch.arange(free.size) for free in free_permutations}, free_permutations)
 
 
 def test_query_heads_of_a_key_head_share_its_order():
-    free = next(f for f in family_for(QWEN2_VL_2B).free_orders(QWEN2_VL_2B) if f.name.endswith("layers.3.self_attn"))
+    free = next(
+        f for f in family_for(QWEN2_VL_2B).free_permutations(QWEN2_VL_2B) if f.name.endswith("layers.3.self_attn")
+    )
     assert (free.size, free.unit, free.reader_place(free.readers[0]).repeats) == (256, 128, 6)
-    index = column_order(free, free.readers[0], random_orders([free])[free.name]).reshape(12, 128)
+    index = column_permutation(free, free.readers[0], random_orders([free])[free.name]).reshape(12, 128)
     within = index - 128 * torch.arange(12)[:, None]
     assert torch.equal(within, within[[0] * 6 + [6] * 6])
     assert not torch.equal(within[0], within[6])
@@ -245,7 +249,7 @@ def test_query_heads_of_a_key_head_share_its_order():
 def test_parameters_keep_identity_and_ties(loaded):
     model = copy.deepcopy(loaded.model)
     before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    apply_orders(model, random_orders(loaded.free), loaded.free)
+    apply_permutations(model, random_orders(loaded.free), loaded.free)
     assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == before
 
 
@@ -254,21 +258,21 @@ def test_a_tied_head_is_moved_once(tiny_qwen2_vl):
     model = AutoModelForImageTextToText.from_pretrained(tiny_qwen2_vl, dtype=torch.float32)
     assert model.lm_head.weight is model.get_input_embeddings().weight, "the fixture's head is tied"
     before = model.lm_head.weight.detach().clone()
-    free = next(f for f in family_for(config).free_orders(config) if "lm_head" in f.readers)
-    orders = random_orders([free])
-    apply_orders(model, orders, [free])
-    assert torch.equal(model.lm_head.weight, before[:, orders[free.name]])
+    free = next(f for f in family_for(config).free_permutations(config) if "lm_head" in f.readers)
+    permutations = random_orders([free])
+    apply_permutations(model, permutations, [free])
+    assert torch.equal(model.lm_head.weight, before[:, permutations[free.name]])
 
 
 def test_moments_follow_the_orders(loaded):
     layers = [spec for spec in loaded.family.layers(loaded.config) if spec.kind == "linear"]
     inputs = [CalibrationInput(_doubled(one.tensors), one.is_image) for one in loaded.inputs]
     before = collect_moments(loaded.model, inputs, layers)
-    orders = random_orders(loaded.free)
-    after = collect_moments(loaded.permuted(loaded.free, orders), inputs, layers)
+    permutations = random_orders(loaded.free)
+    after = collect_moments(loaded.permuted(loaded.free, permutations), inputs, layers)
     for free in loaded.free:
         for reader in set(free.readers) & set(before):
-            index = column_order(free, reader, orders[free.name])
+            index = column_permutation(free, reader, permutations[free.name])
             expected = before[reader].second_moment[index][:, index]
             torch.testing.assert_close(
                 after[reader].second_moment, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())

@@ -36,7 +36,7 @@ def test_many_blocks_are_one_linear_and_none_is_large(monkeypatch, has_bias):
 
     monkeypatch.setattr(blocked, "decode_rows_between", watched)
     module = VQLinear(CODES["2,4,8"], 500, 48, "t0", torch.float32, bias=has_bias)
-    module.codes, module.table, module.scales = tensors(problem((module.code, 48), rows=500))
+    module.codes, module.codebook, module.scales = tensors(problem((module.code, 48), rows=500))
     if has_bias:
         module.bias.copy_(torch.arange(500.0))
     x = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def test_blocks_are_whole_row_groups_of_a_bounded_size(columns, rows):
 
 def test_a_gradient_for_the_input_goes_through_the_dense_weight():
     module = VQLinear(CODES["4,8,8"], 40, 32, "t0", torch.float32)
-    module.codes, module.table, module.scales = tensors(problem((module.code, 32), rows=40))
+    module.codes, module.codebook, module.scales = tensors(problem((module.code, 32), rows=40))
     x = torch.randn(3, 32, requires_grad=True)
     module(x).sum().backward()
     torch.testing.assert_close(x.grad, module.weight.sum(0).expand(3, 32))

@@ -32,7 +32,7 @@ def test_the_table_in_c_is_the_models():
     assert table.read_text(encoding="utf-8") == header()
 
 
-# Codes, numbers of tokens and rows are dealt out in turn, three times over the columns.
+# Codes, numbers of tokens and rows are interleaved out in turn, three times over the columns.
 DEALT = [
     (columns, ALL_CODES[i % len(ALL_CODES)], (1, 5, 16, 33)[i % 4], (40, 136, 128)[i % 3])
     for i, columns in enumerate(COLUMNS * 3)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 # Heads apart: 150,000 rows by 3,584 columns decode for minutes in NumPy.
 SHAPES = sorted({shape for name in PUBLISHED for shape in matrix_shapes(name).values() if shape[0] < 50_000})
-# Every shape, with codes and token counts dealt to them in turn; both lists come round several times.
+# Every shape, with codes and token counts interleaved to them in turn; both lists come round several times.
 CASES = [
     (shape, code, tokens)
     for shape, code, tokens in zip(
@@ -87,7 +87,7 @@ def test_a_hundred_repeats_are_the_same_bits(gpu, tokens):
 def filled(kind: type, dtype: torch.dtype, rows: int = 512, columns: int = 1536):
     given = problem((CODES["2,4,8"], columns), rows=rows)
     module = kind(given.codes[0], rows, columns, "t0", dtype)
-    module.codes, module.table, module.scales = (
+    module.codes, module.codebook, module.scales = (
         torch.from_numpy(a[0]) for a in (given.stored, given.tables, given.scales)
     )
     return module.cuda()

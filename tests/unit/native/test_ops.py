@@ -68,7 +68,7 @@ def test_shapes_without_data():
 def test_a_weight_left_on_the_cpu_is_named_for_what_it_is():
     module = VQLinear(CODES["2,4,8"], 8, 16, "t0", torch.float16)
     with pytest.raises(EnvironmentMismatch, match=r"8x16, code=2,4,8.* found it on cpu; move the model"):
-        forward.stored(module)
+        forward.op_arguments(module)
 
 
 def test_torch_decode_is_asked_for_and_ends():

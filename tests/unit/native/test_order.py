@@ -31,7 +31,7 @@ def filled(kind: type, rows: int = 130, columns: int = 40):
     module = kind(given.codes[0], rows, columns, "t0", torch.float32)
     module.codes.copy_(torch.from_numpy(given.stored[0]))
     module.scales.copy_(torch.from_numpy(given.scales[0]))
-    module.table.copy_(torch.from_numpy(given.tables[0]))
+    module.codebook.copy_(torch.from_numpy(given.tables[0]))
     return module, given
 
 

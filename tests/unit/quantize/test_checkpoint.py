@@ -16,7 +16,7 @@ from toolchain.calibration.manifest import read_manifest
 from toolchain.checkpoint.folder import open_checkpoint
 from toolchain.checkpoint.loading import load_any, load_model, load_quantized
 from toolchain.checkpoint.modules import vq_modules
-from toolchain.checkpoint.permuted import load_dealt, read_orders
+from toolchain.checkpoint.permuted import load_permuted, read_permutations
 from toolchain.errors import InputDataError, UsageError
 from toolchain.models.registry import family_for
 from toolchain.quantize.checkpoint import quantize_checkpoint
@@ -70,13 +70,13 @@ def test_the_file_holds_what_the_plan_counts(quantized):
     kept = {name: t for name, t in tensors.items() if name in quantized.plan.kept}
     assert {t.dtype for t in kept.values()} == {torch.float16}
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == real_bits(quantized.plan)["total"].bytes
-    assert set(quantized.plan.tables()) == {n.rpartition(".")[2] for n in tensors if n.startswith("mgvq_tables.")}
+    assert set(quantized.plan.codebooks()) == {n.rpartition(".")[2] for n in tensors if n.startswith("mgvq_tables.")}
 
 
 def dealt_base(folder, quantized):
     """The float model with its columns where the quantized one has them."""
     config = json.loads((Path(folder) / "config.json").read_text())
-    return load_dealt(open_checkpoint(folder), family_for(config), read_orders(quantized.folder))
+    return load_permuted(open_checkpoint(folder), family_for(config), read_permutations(quantized.folder))
 
 
 def test_kept_tensors_are_the_base_models_but_for_corrected_biases(quantized, tiny_qwen2_vl):
@@ -90,9 +90,9 @@ def test_kept_tensors_are_the_base_models_but_for_corrected_biases(quantized, ti
 
 
 def test_columns_are_dealt_and_the_file_says_how(quantized, tiny_qwen2_vl):
-    orders = read_orders(quantized.folder)
-    assert orders
-    assert any(order.tolist() != sorted(order.tolist()) for order in orders.values())
+    permutations = read_permutations(quantized.folder)
+    assert permutations
+    assert any(order.tolist() != sorted(order.tolist()) for order in permutations.values())
     plain = load_model(tiny_qwen2_vl).state_dict()
     assert any(not torch.equal(w, plain[name]) for name, w in dealt_base(tiny_qwen2_vl, quantized).state_dict().items())
 

@@ -14,7 +14,7 @@ from toolchain.calibration.gradients import answer_scores
 from toolchain.calibration.inputs import calibration_inputs
 from toolchain.calibration.manifest import read_manifest
 from toolchain.checkpoint.loading import load_model, load_quantized
-from toolchain.checkpoint.permuted import read_orders
+from toolchain.checkpoint.permuted import read_permutations
 from toolchain.checkpoint.segmented import vq_layers
 from toolchain.evaluate.layer_errors import checkpoint_layer_errors
 from toolchain.models.configs import read_config
@@ -37,15 +37,15 @@ def quantized(model, manifest, out, method, options=FAST, progress=SILENT, **lim
 
 PARTLY = (
     "mgvq-mix",
-    "mgvq-deal",
+    "mgvq-interleave",
     "mgvq+rotate",
     "mgvq-overlap",
     "mgvq-drift-bias",
     "mgvq+fisher+descent",
     "mgvq+rounds",
     "mgvq+tune",
-    "mgvq+segments+caps",
-    "mgvq+fisher+caps",
+    "mgvq+segments+sinkcap",
+    "mgvq+fisher+sinkcap",
 )
 
 
@@ -58,7 +58,7 @@ def test_a_recipe_gives_a_checkpoint_that_loads_and_computes(tiny_qwen2_vl, tiny
     )[0]
     with torch.no_grad():
         assert bool(torch.isfinite(answer_scores(model, one)).all())
-    assert (result.folder / "orders.json").exists() == ("deal" not in method)
+    assert (result.folder / "orders.json").exists() == ("interleave" not in method)
     assert (result.folder / "sensitivity.json").exists() == ("mix" not in method)
     codes = {layer.code for layer in result.plan.layers}
     plain = {code for code in codes if code.split(",")[1] == code.split(",")[2]}
@@ -86,15 +86,17 @@ def test_a_budget_is_kept(tiny_qwen2_vl, tiny_manifest, tmp_path):
 
 def test_tuning_brings_the_answers_nearer(tiny_qwen2_vl, tiny_manifest, tmp_path):
     result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+tune", bits=2.0)
-    tuned = json.loads((result.folder / "mended.json").read_text())["tune"]
+    tuned = json.loads((result.folder / "refinement.json").read_text())["tune"]
     assert tuned["loss_after"] <= tuned["loss_before"]
     assert tuned["improved"] == (tuned["loss_after"] < tuned["loss_before"])
 
 
 def test_groups_are_cut_where_it_pays(tiny_with_loud_columns, tiny_manifest, tmp_path):
     """With every group worth a look the plan, the layers, what is stored and what is reported agree."""
-    # Undealt: vectors that mix loud columns and quiet ones leave cutting little to gain.
-    result = quantized(tiny_with_loud_columns, tiny_manifest, tmp_path / "q", "mgvq+segments-deal", CUTS, bits=2.4)
+    # Not interleaved: vectors that mix high-energy columns and low-energy ones leave cutting little to gain.
+    result = quantized(
+        tiny_with_loud_columns, tiny_manifest, tmp_path / "q", "mgvq+segments-interleave", CUTS, bits=2.4
+    )
     found = json.loads((result.folder / "sensitivity.json").read_text())
     groups = {layer.group for layer in result.plan.layers if layer.name.endswith("down_proj")}
     assert groups <= set(found["units"])
@@ -115,17 +117,17 @@ def test_groups_are_cut_where_it_pays(tiny_with_loud_columns, tiny_manifest, tmp
 def test_rounds_leave_layers_that_no_loss_reaches_as_they_are(tiny_qwen2_vl, tiny_manifest, tmp_path):
     """Of random weights a picture says next to nothing: what a round does to the tower is noise, and stays small."""
     result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+rounds", bits=2.3)
-    assert json.loads((result.folder / "mended.json").read_text())["rounds"][0]["changed"] > 0
+    assert json.loads((result.folder / "refinement.json").read_text())["rounds"][0]["changed"] > 0
     assert all(one["error_both"] < 0.1 for one in errors_of(result, tiny_qwen2_vl, tiny_manifest))
 
 
 def errors_of(result, model, manifest):
     """Layer errors of a quantized checkpoint against the float one, its columns put in the same order."""
-    samples, orders = read_manifest(manifest), read_orders(result.folder)
-    return checkpoint_layer_errors(model, load_quantized(result.folder), samples, SILENT, orders)
+    samples, permutations = read_manifest(manifest), read_permutations(result.folder)
+    return checkpoint_layer_errors(model, load_quantized(result.folder), samples, SILENT, permutations)
 
 
-@pytest.mark.parametrize("method", ["mgvq+rotate+segments", "mgvq+rotate+descent+tune-deal"])
+@pytest.mark.parametrize("method", ["mgvq+rotate+segments", "mgvq+rotate+descent+tune-interleave"])
 def test_rotated_inputs_go_through_every_part(tiny_qwen2_vl, tiny_manifest, tmp_path, method):
     """With every rotation said to pay, plan, checkpoint, reports and the loaded model agree."""
     options = replace(CUTS, rotation_gain=100.0)
@@ -137,7 +139,7 @@ def test_rotated_inputs_go_through_every_part(tiny_qwen2_vl, tiny_manifest, tmp_
     assert not any(layer.rotation and (layer.segments or layer.kind != "linear") for layer in result.plan.layers)
     model = load_quantized(result.folder)
     assert {name: m.rotation for name, m in vq_layers(model).items() if getattr(m, "rotation", 0)} == rotated
-    # Turned back, the weights are those that full precision has, its columns dealt.
+    # Turned back, the weights are those that full precision has, its columns interleaved.
     errors = errors_of(result, tiny_qwen2_vl, tiny_manifest)
     assert all(0 < one["error_both"] < 0.5 for one in errors if one["name"] in rotated)
 
@@ -145,9 +147,9 @@ def test_rotated_inputs_go_through_every_part(tiny_qwen2_vl, tiny_manifest, tmp_
 OVERRIDE = ("*.layers.0.mlp.down_proj", "2,8,9@64+2,3,8")
 
 
-@pytest.mark.parametrize("method", ["mgvq", "mgvq-drift-deal", "mgvq+descent"])
+@pytest.mark.parametrize("method", ["mgvq", "mgvq-drift-interleave", "mgvq+descent"])
 def test_a_layer_is_cut_by_order(tiny_qwen2_vl, tiny_manifest, tmp_path, method):
-    """Its loudest columns come first, and it is nearer its original than in the coarser code alone."""
+    """Its columns of most energy come first, and it is nearer its original than in the coarser code alone."""
     whole = quantized(
         tiny_qwen2_vl, tiny_manifest, tmp_path / "w", method, bits=2.5, overrides=[(OVERRIDE[0], "2,3,8")]
     )
@@ -172,7 +174,7 @@ def test_a_cut_layer_is_resumed_and_gives_the_same_bytes(tiny_qwen2_vl, tiny_man
 
 def test_rounds_and_tuning_take_segments(tiny_qwen2_vl, tiny_manifest, tmp_path):
     result = quantized(tiny_qwen2_vl, tiny_manifest, tmp_path / "q", "mgvq+rounds+tune", bits=2.5, overrides=[OVERRIDE])
-    tuned = json.loads((result.folder / "mended.json").read_text())["tune"]
+    tuned = json.loads((result.folder / "refinement.json").read_text())["tune"]
     assert tuned["loss_after"] <= tuned["loss_before"]
 
 

@@ -20,15 +20,15 @@ def test_names_are_those_of_the_registry():
 @pytest.mark.parametrize("name", [*methods.STORED, *methods.COMPARED])
 def test_a_baseline_has_no_recipe(name):
     method = parse_method(name)
-    assert (method.recipe, method.overlaps, method.tables) == (None, False, "group")
+    assert (method.recipe, method.overlaps, method.codebooks) == (None, False, "group")
     assert method.fits_checkpoint == (name in methods.STORED)
 
 
-@pytest.mark.parametrize("name", ["mgvq", "mgvq-overlap", "mgvq-mix+tables=part"])
+@pytest.mark.parametrize("name", ["mgvq", "mgvq-overlap", "mgvq-mix+codebooks=part"])
 def test_a_recipe_says_what_its_method_does(name):
     method = parse_method(name)
     assert method.recipe == parse_recipe(name)
-    assert (method.overlaps, method.tables) == (method.recipe.overlap, method.recipe.tables)
+    assert (method.overlaps, method.codebooks) == (method.recipe.overlap, method.recipe.codebooks)
     assert method.fits_checkpoint
     assert method.draws
 

@@ -126,12 +126,12 @@ from toolchain.values import Silent
 from toolchain.calibration.manifest import read_manifest
 from toolchain.quantize.checkpoint import quantize_checkpoint
 from toolchain.quantize.driver.request import QuantizeSettings
-from toolchain.quantize.refine.finetune_settings import TuneSettings
+from toolchain.quantize.refine.finetune_settings import FineTuneSettings
 from toolchain.vq.weights import Options
 
 model, manifest, out, stop, side = sys.argv[1:]
 torch.set_num_threads(1)
-toolchain.quantize.refine.stages.TuneSettings = functools.partial(TuneSettings, batch=2, save_every=1)
+toolchain.quantize.refine.stages.FineTuneSettings = functools.partial(FineTuneSettings, batch=2, save_every=1)
 replace, pieces = os.replace, []
 
 def killing(old, new):
@@ -208,8 +208,8 @@ from toolchain.vq.weights import Options
 
 model, manifest, out, begins, count, side = sys.argv[1:]
 torch.set_num_threads(1)
-# A few groups a stretch, so that a round has several.
-steps = functools.partial(RoundOptions, steps=(0.4, 1.0), stretch_bytes=1_500_000)
+# A few groups a layer_batch, so that a round has several.
+steps = functools.partial(RoundOptions, steps=(0.4, 1.0), batch_bytes=1_500_000)
 toolchain.quantize.refine.stages.RoundOptions = steps
 replace, code, seen = os.replace, toolchain.quantize.mgvq.sweep.quantize_group, []
 
@@ -248,7 +248,7 @@ def stopped(model, manifest, out, begins="never", count=0, side="before"):
 
 KILLS = (
     ("coding", 4, "after"),  # inside a group's work: coded, not kept
-    ("during.round.0.shift.", 5, "after"),  # inside a stretch
+    ("during.round.0.shift.", 5, "after"),  # inside a layer_batch
     ("during.round.0.unit.", 1, "before"),
     ("during.round.0.moved.", 4, "before"),  # inside a group's steps
     ("during.round.0.judged.", 2, "after"),
@@ -277,7 +277,9 @@ def test_a_run_killed_in_a_group_in_rounds_and_between_them_ends_in_the_same_byt
     for name in SAME:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     twice = {name for name in again if again.count(name) > 1}
-    assert all(name.startswith("during.round.0.shift.") for name in twice), "only a stretch that was cut is done again"
+    assert all(name.startswith("during.round.0.shift.") for name in twice), (
+        "only a layer batch that was cut is done again"
+    )
     assert len(twice) <= 5
     assert set(again) == set(made)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"], "the pieces are gone"

@@ -33,10 +33,10 @@ def test_one_steps_moments_and_curvatures_are_resident(tiny_qwen2_vl, tiny_manif
     begun, steps, shifts = [], [], []
     collect, shift = drift_solver.collect_pairs, drift_solver.gated_shift
 
-    def collected(model, full, inputs, asked, masses):
+    def collected(model, full, inputs, asked, token_weights):
         begun.append((len(alive(PairMoments)), sum(len(one.rows) for one in alive(LossStatistics))))
         steps.append(len(groups_of(asked)))
-        return collect(model, full, inputs, asked, masses)
+        return collect(model, full, inputs, asked, token_weights)
 
     def shifted(*arguments):
         shifts.append((len(alive(PairMoments)), steps[-1]))
@@ -78,13 +78,15 @@ def test_moments_of_a_16_bit_model_are_added_up_in_float32(tiny_qwen2_vl, tiny_m
     for one in inputs:
         one.tensors.update({k: t.to(torch.bfloat16) for k, t in one.tensors.items() if t.is_floating_point()})
     asked = [s for s in family.layers(read_config(tiny_qwen2_vl)) if s.name.endswith("down_proj")]
-    masses = survey_inputs(model, inputs, asked).masses
-    pairs = collect_pairs(model, None, inputs, asked, masses)
+    token_weights = survey_inputs(model, inputs, asked).token_weights
+    pairs = collect_pairs(model, None, inputs, asked, token_weights)
     for group, members in groups_of(asked).items():
         rows = [inputs_of(model, one, {group: members[0]})[group].double() for one in inputs]
-        expected = sum((x * w.double()[:, None]).T @ x for x, w in zip(rows, masses[group], strict=True))
+        expected = sum((x * w.double()[:, None]).T @ x for x, w in zip(rows, token_weights[group], strict=True))
         found = pairs[group].whole.moment
         assert found.dtype == torch.float32
         assert float((found - expected).norm() / expected.norm()) < 1e-5
-        rounded = sum(((x * w[:, None]).bfloat16().T @ x.bfloat16()).double() for x, w in zip(rows, masses[group]))
+        rounded = sum(
+            ((x * w[:, None]).bfloat16().T @ x.bfloat16()).double() for x, w in zip(rows, token_weights[group])
+        )
         assert float((rounded - expected).norm() / expected.norm()) > 1e-4, "the bound above would see it"

@@ -44,7 +44,9 @@ def test_what_was_resolved_resolves_to_itself(tmp_path):
     assert resolve({}, [], tmp_path / "again.json")[0] == settings
 
 
-@pytest.mark.parametrize("method", ["mgvq", "mgvq-drift", "mgvq-mix-deal+tune", "rtn", "gptq", "gptvq", "nearest"])
+@pytest.mark.parametrize(
+    "method", ["mgvq", "mgvq-drift", "mgvq-mix-interleave+tune", "rtn", "gptq", "gptvq", "nearest"]
+)
 def test_methods_that_a_checkpoint_can_hold(method):
     assert resolve(PATHS, [f"quantize.method={method}"], None)[0].quantize.method == method
 

@@ -1,4 +1,4 @@
-"""Token masses, Kronecker factors and solves, on cases worked by hand and against dense float64 algebra."""
+"""token weights, Kronecker factors and solves, on cases worked by hand and against dense float64 algebra."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from toolchain.errors import NumericGateError
 from toolchain.vq import curvature
 from toolchain.vq.curvature import (
     LEAST_SHARE,
-    capped_masses,
+    balanced_token_weights,
+    capped_token_weights,
     damp,
     half_iteration,
     kronecker_scale,
     newton_shift,
     quadratic,
     solve_factor,
-    token_masses,
     unit_mean,
 )
 
@@ -35,17 +35,17 @@ def tokens(draw):
 
 @given(tokens())
 def test_masses_are_shares(problem):
-    masses = token_masses(*problem)
-    assert bool((masses >= 0).all())
-    assert float(masses.sum()) == pytest.approx(1, abs=1e-5)
+    token_weights = balanced_token_weights(*problem)
+    assert bool((token_weights >= 0).all())
+    assert float(token_weights.sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_masses_by_hand():
     """Image tokens ask for 3/4 of the loss, text for 1/4: both above the least share, so that nothing is lifted."""
     norms = torch.tensor([4.0, 2.0, 1.0, 1.0])
     image = torch.tensor([True, True, False, False])
-    torch.testing.assert_close(token_masses(norms, image), torch.tensor([0.5, 0.25, 0.125, 0.125]))
-    half = token_masses(norms[:2], None, power=0.5)
+    torch.testing.assert_close(balanced_token_weights(norms, image), torch.tensor([0.5, 0.25, 0.125, 0.125]))
+    half = balanced_token_weights(norms[:2], None, power=0.5)
     torch.testing.assert_close(half, torch.tensor([2.0, 2**0.5]) / (2 + 2**0.5))
 
 
@@ -53,51 +53,53 @@ def test_a_quiet_modality_is_lifted():
     """Equation 2: shares 0.9998 and 0.0002 become max(·, 0.2) over their sum, however they are split inside."""
     norms = torch.tensor([3.0, 1.0, 2e-4, 6e-4])
     image = torch.tensor([True, True, False, False])
-    masses = token_masses(norms, image)
+    token_weights = balanced_token_weights(norms, image)
     share = LEAST_SHARE / (LEAST_SHARE + 4 / 4.0008)
-    torch.testing.assert_close(masses[2:], share * torch.tensor([0.25, 0.75]))
-    torch.testing.assert_close(masses[:2], (1 - share) * torch.tensor([0.75, 0.25]))
+    torch.testing.assert_close(token_weights[2:], share * torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(token_weights[:2], (1 - share) * torch.tensor([0.75, 0.25]))
 
 
 def test_power_0_counts_tokens_alike_and_gives_either_modality_half():
     norms = torch.tensor([5.0, 0.0, 1e-3, 7.0, 2.0])
     image = torch.tensor([True, False, False, False, True])
     expected = torch.tensor([1 / 4, 1 / 6, 1 / 6, 1 / 6, 1 / 4])
-    torch.testing.assert_close(token_masses(norms, image, power=0.0), expected)
-    torch.testing.assert_close(token_masses(norms, None, power=0.0), torch.full((5,), 0.2))
+    torch.testing.assert_close(balanced_token_weights(norms, image, power=0.0), expected)
+    torch.testing.assert_close(balanced_token_weights(norms, None, power=0.0), torch.full((5,), 0.2))
 
 
 @pytest.mark.parametrize("image", [True, False])
 def test_a_modality_that_is_missing_leaves_its_mass_to_the_other(image):
     norms = torch.tensor([1.0, 3.0])
-    masses = token_masses(norms, torch.tensor([image, image]))
-    torch.testing.assert_close(masses, torch.tensor([0.25, 0.75]))
+    token_weights = balanced_token_weights(norms, torch.tensor([image, image]))
+    torch.testing.assert_close(token_weights, torch.tensor([0.25, 0.75]))
 
 
 def test_a_modality_that_no_loss_reaches_has_no_mass():
     """The last block's picture positions: only what text asks for is left."""
-    masses = token_masses(torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.tensor([True, True, False, False]))
-    torch.testing.assert_close(masses, torch.tensor([0.0, 0.0, 0.25, 0.75]))
+    token_weights = balanced_token_weights(torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.tensor([True, True, False, False]))
+    torch.testing.assert_close(token_weights, torch.tensor([0.0, 0.0, 0.25, 0.75]))
 
 
 def test_where_no_loss_reaches_anything_all_tokens_count_alike():
     torch.testing.assert_close(
-        token_masses(torch.zeros(4), torch.tensor([True, False, False, False])), torch.ones(4) / 4
+        balanced_token_weights(torch.zeros(4), torch.tensor([True, False, False, False])), torch.ones(4) / 4
     )
 
 
 def test_norms_near_nothing_keep_their_mass():
     """The least float32 there is: its share of itself is 1, though half of it is 0."""
     norms = torch.tensor([1.0, 1e-45])
-    masses = token_masses(norms, torch.tensor([True, False]))
-    torch.testing.assert_close(masses, torch.tensor([5 / 6, 1 / 6]))
+    token_weights = balanced_token_weights(norms, torch.tensor([True, False]))
+    torch.testing.assert_close(token_weights, torch.tensor([5 / 6, 1 / 6]))
 
 
 def test_the_scale_of_the_gradients_is_no_matter():
     generator = torch.Generator().manual_seed(0)
     norms, image = torch.rand(40, generator=generator), torch.rand(40, generator=generator) < 0.7
     for power in (0.0, 0.5, 1.0):
-        torch.testing.assert_close(token_masses(1e-3 * norms, image, power), token_masses(norms, image, power))
+        torch.testing.assert_close(
+            balanced_token_weights(1e-3 * norms, image, power), balanced_token_weights(norms, image, power)
+        )
 
 
 def test_unit_mean_by_hand():
@@ -195,29 +197,29 @@ def test_quadratic_without_row_factor_is_that_of_the_identity():
 
 
 def test_caps_by_hand():
-    masses, norms = torch.tensor([0.25, 0.25, 0.25, 0.25]), torch.tensor([1.0, 2.0, 1.0, 200.0])
+    token_weights, norms = torch.tensor([0.25, 0.25, 0.25, 0.25]), torch.tensor([1.0, 2.0, 1.0, 200.0])
     # The third quarter of the norms is 2: the sink counts a hundredth of itself, and the sum stays.
     capped = torch.tensor([1.0, 1.0, 1.0, 0.01]) / 3.01
-    torch.testing.assert_close(capped_masses(masses, norms, 0.75), capped)
-    torch.testing.assert_close(capped_masses(2 * masses, 5 * norms, 0.75), 2 * capped)
+    torch.testing.assert_close(capped_token_weights(token_weights, norms, 0.75), capped)
+    torch.testing.assert_close(capped_token_weights(2 * token_weights, 5 * norms, 0.75), 2 * capped)
 
 
 def test_no_token_outweighs_the_loudest_ordinary_one():
     generator = torch.Generator().manual_seed(0)
     norms = torch.rand(1_000, generator=generator) + 0.5
     norms[17] = 1e5
-    masses = torch.rand(1_000, generator=generator)
-    found = capped_masses(masses, norms, 0.999)
-    assert float(found.sum()) == pytest.approx(float(masses.sum()), rel=1e-5)
-    contributions = found / masses * norms
+    token_weights = torch.rand(1_000, generator=generator)
+    found = capped_token_weights(token_weights, norms, 0.999)
+    assert float(found.sum()) == pytest.approx(float(token_weights.sum()), rel=1e-5)
+    contributions = found / token_weights * norms
     assert int(contributions.argmax()) in (17, int(norms[norms < 2].argmax())) or contributions[17] < 2
     assert float(contributions[17]) < 2
     ordinary = torch.arange(1_000) != 17
-    ratios = (found / masses)[ordinary]
+    ratios = (found / token_weights)[ordinary]
     torch.testing.assert_close(ratios, ratios[:1].expand(999))
 
 
 def test_a_quantile_of_1_and_silent_tokens_change_nothing():
-    masses, norms = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 9.0, 3.0])
-    assert torch.equal(capped_masses(masses, norms, 1.0), masses)
-    assert torch.equal(capped_masses(masses, torch.zeros(3), 0.5), masses)
+    token_weights, norms = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 9.0, 3.0])
+    assert torch.equal(capped_token_weights(token_weights, norms, 1.0), token_weights)
+    assert torch.equal(capped_token_weights(token_weights, torch.zeros(3), 0.5), token_weights)

@@ -110,10 +110,10 @@ class TestClosedForm:
         torch.testing.assert_close(step, moved, rtol=1e-3, atol=1e-4)
 
 
-def nearest(target: Tensor, metric: Tensor, table: Tensor) -> Tensor:
+def nearest(target: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
     """float64[m, V]: the slow nearest entries."""
-    off = target[:, None] - table.double()
-    return table.double()[torch.einsum("mkv,vw,mkw->mk", off, metric, off).argmin(dim=1)]
+    off = target[:, None] - codebook.double()
+    return codebook.double()[torch.einsum("mkv,vw,mkw->mk", off, metric, off).argmin(dim=1)]
 
 
 def coded_by_resolving(case: Case) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def coded_by_resolving(case: Case) -> tuple[Tensor, Tensor]:
     for at in range(0, case.weight.shape[1], 4):
         metric = torch.linalg.inv(torch.linalg.inv(case.columns[at:, at:].double())[:4, :4])
         targets.append(best_rest(case, decoded)[:, :4])
-        decoded = torch.cat([decoded, nearest(targets[-1], metric, case.table)], dim=1)
+        decoded = torch.cat([decoded, nearest(targets[-1], metric, case.codebook)], dim=1)
     return decoded, torch.cat(targets, dim=1)
 
 
@@ -134,7 +134,7 @@ def coded_by_inverse(case: Case, again: bool = False) -> Tensor:
     for at in range(0, current.shape[1], 4):
         block, rest = slice(at, at + 4), slice(at + 4, None)
         own, cross = inverse[:4, :4], inverse[:4, 4:]
-        decoded[:, block] = nearest(current[:, block], torch.linalg.inv(own), case.table)
+        decoded[:, block] = nearest(current[:, block], torch.linalg.inv(own), case.codebook)
         pull = torch.linalg.solve(own, cross)
         current[:, rest] -= (current[:, block] - decoded[:, block]) @ pull
         inverse = inverse[4:, 4:] - cross.T @ pull

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from derivation_problems import INFINITE, UNDAMPED, Case, definite, plain_table
+from derivation_problems import INFINITE, UNDAMPED, Case, definite, plain_codebook
 from torch import Tensor
 
 from toolchain.vq.curvature import newton_shift, quadratic
@@ -58,10 +58,10 @@ def drift_gains(noise: float, seeds: range = range(5)) -> Gains:
         mix = torch.eye(48) + 0.2 * torch.randn(48, 48, generator=generator) / 48**0.5
         rows = torch.randn(256, 48, generator=generator) @ torch.linalg.cholesky(moment).T
         full = rows @ mix.T + noise * torch.randn(256, 48, generator=generator)
-        mass = torch.full((128,), 1 / 256)
-        pairs = PairMoments.merged([Pair.of(rows[k::2], full[k::2], mass) for k in (0, 1)])
+        token_weight = torch.full((128,), 1 / 256)
+        pairs = PairMoments.merged([Pair.of(rows[k::2], full[k::2], token_weight) for k in (0, 1)])
         factors = factor_moment(moment, 48, 4, damping=1e-4)
-        case = Case(weight, torch.zeros_like(weight), torch.eye(24), factors, plain_table(weight, 4, 64))
+        case = Case(weight, torch.zeros_like(weight), torch.eye(24), factors, plain_codebook(weight, 4, 64))
         gate = gated_shift(weight, pairs, INFINITE)
         whole = weight @ regression(pairs.whole, 1e-3)
         losses = [
@@ -108,7 +108,7 @@ class TestUnderSampledMoments:
             count = int(64 * tokens_per_column)
             rows = torch.randn(count, 64, generator=generator) @ torch.linalg.cholesky(truth).T
             factors = factor_moment(rows.T @ rows / count, 64, 4, damping=0.01)
-            case = Case(weight, torch.zeros_like(weight), torch.eye(32), factors, plain_table(weight, 4, 64))
+            case = Case(weight, torch.zeros_like(weight), torch.eye(32), factors, plain_codebook(weight, 4, 64))
             coded = [case.code(weight, shrunk(factors, share))[0] for share in (0.0, 0.2, 0.4)]
             found.append([quadratic(one - weight, None, truth) for one in coded])
         return torch.tensor(found).mean(dim=0).tolist()

@@ -1,10 +1,12 @@
-"""The derivation held against our functions: checks [10] and [12] of mgvq-algorithm.md, layout, tables, curvature."""
+"""The derivation held against our functions: checks [10] and [12] of mgvq-algorithm.md, layout, codebooks,
+curvature.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from derivation_problems import definite, plain_table
+from derivation_problems import definite, plain_codebook
 from layer_problems import random_layer
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from toolchain.values import VQCode
 from toolchain.vq.assign import nearest_entries
 from toolchain.vq.curvature import half_iteration, kronecker_scale, quadratic
 from toolchain.vq.factor import factor_moment
-from toolchain.vq.interleave import deal_order
+from toolchain.vq.interleave import interleaved_permutation
 from toolchain.vq.sensitivity import fisher_losses
 from toolchain.vq.solve import quantize_group
 from toolchain.vq.sweep import sweep
@@ -28,21 +30,21 @@ def relative_loss(weight: Tensor, moment: Tensor, order: Tensor) -> float:
 
 
 class TestLayout:
-    """[10] the block's exact metric, and loud columns dealt over all vectors."""
+    """[10] the block's exact metric, and high-energy columns interleaved over all vectors."""
 
     def metric_losses(self, seed: int) -> list[float]:
         """tr(E S Eᵀ) of a sweep whose search sees D_k, its diagonal, or neither."""
         weight, moment = random_layer(96, 48, seed)
         factors = factor_moment(moment, 48, 4, damping=0.01)
         scales = weight.square().mean(dim=1).sqrt().half()
-        table = plain_table(weight / scales.float()[:, None], 4, 64)
+        codebook = plain_codebook(weight / scales.float()[:, None], 4, 64)
         metrics = (lambda exact: exact, lambda exact: exact.diagonal().diag(), lambda exact: torch.eye(4))
 
         def search_by(metric):
             return lambda targets, exact, *rest: nearest_entries(targets, metric(exact), *rest)
 
-        coded = [sweep(weight, factors, table, scales, 16, search_by(metric))[0] for metric in metrics]
-        return [quadratic(decode_stacked(one, table, scales) - weight, None, factors.damped) for one in coded]
+        coded = [sweep(weight, factors, codebook, scales, 16, search_by(metric))[0] for metric in metrics]
+        return [quadratic(decode_stacked(one, codebook, scales) - weight, None, factors.damped) for one in coded]
 
     @pytest.mark.parametrize("seed", range(4))
     def test_the_exact_metric_beats_its_diagonal_beats_none(self, seed):
@@ -54,7 +56,7 @@ class TestLayout:
     def test_dealt_columns_beat_natural_beat_sorted(self, seed):
         weight, moment = random_layer(256, 96, seed)
         orders = {
-            "dealt": deal_order(moment.diagonal(), 4),
+            "dealt": interleaved_permutation(moment.diagonal(), 4),
             "natural": torch.arange(96),
             "sorted": moment.diagonal().argsort(descending=True),
         }
@@ -63,14 +65,14 @@ class TestLayout:
 
 
 class TestTables:
-    """The distortion of plain tables, against that measured for the note's section 4.1."""
+    """The distortion of plain codebooks, against that measured for the note's section 4.1."""
 
     @pytest.mark.parametrize(("vector", "entries", "expected"), [(4, 256, 0.0978), (2, 16, 0.1082)])
     def test_gaussian_error_on_vectors_not_trained_on(self, vector, entries, expected):
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(80_000, vector, generator=generator)
-        table = plain_table(drawn[:60_000], vector, entries).float()
-        error = torch.cdist(drawn[60_000:], table).min(dim=1).values.square().mean() / vector
+        codebook = plain_codebook(drawn[:60_000], vector, entries).float()
+        error = torch.cdist(drawn[60_000:], codebook).min(dim=1).values.square().mean() / vector
         assert float(error) == pytest.approx(expected, rel=0.03)
 
 

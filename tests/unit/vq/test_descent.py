@@ -39,10 +39,10 @@ def setting(rows, columns, code, seed=0, is_coupled=True):
     return problem, start, damped, factors
 
 
-def slow_descent(weight, indices, table, scales, moment, rows_factor, sweeps):
+def slow_descent(weight, indices, codebook, scales, moment, rows_factor, sweeps):
     """Equation 12 as it stands, one row and one block at a time, in float64."""
-    indices, vector = indices.copy(), table.shape[1]
-    decoded = (table[indices] * scales[:, None, None]).reshape(weight.shape)
+    indices, vector = indices.copy(), codebook.shape[1]
+    decoded = (codebook[indices] * scales[:, None, None]).reshape(weight.shape)
     for _ in range(sweeps):
         for block in range(indices.shape[1]):
             columns = slice(block * vector, (block + 1) * vector)
@@ -50,9 +50,9 @@ def slow_descent(weight, indices, table, scales, moment, rows_factor, sweeps):
             for row in range(len(weight)):
                 pulled = rows_factor[row] @ ((decoded - weight) @ moment[:, columns])
                 target = decoded[row, columns] - np.linalg.solve(metric, pulled) / rows_factor[row, row]
-                off = target - scales[row] * table
+                off = target - scales[row] * codebook
                 indices[row, block] = np.einsum("kv,vw,kw->k", off, metric, off).argmin()
-                decoded[row, columns] = scales[row] * table[indices[row, block]]
+                decoded[row, columns] = scales[row] * codebook[indices[row, block]]
     return indices
 
 
@@ -61,7 +61,7 @@ def test_equals_the_slow_descent(is_coupled):
     code = VQCode(2, 6, 6)
     problem, start, damped, factors = setting([12], 32, code, is_coupled=is_coupled)
     found = descend(problem, start, code, damped, factors, Descent(sweeps=3, subsets=12, least_share=0.0))
-    numbers = [x.double().numpy() for x in (problem.weight, start.table, start.scales, damped)]
+    numbers = [x.double().numpy() for x in (problem.weight, start.codebook, start.scales, damped)]
     coupling = factors[0].double().numpy() if is_coupled else np.eye(12)
     wanted = slow_descent(numbers[0], start.indices.numpy(), *numbers[1:], coupling, 3)
     assert np.array_equal(found.indices.numpy(), wanted)
@@ -126,7 +126,7 @@ def test_windows_still_close_and_are_what_is_stored(name, is_coupled):
     problem, start, damped, factors = setting([150, 40], 40, code, is_coupled=is_coupled)
     found = descend(problem, start, code, damped, factors)
     assert (found.indices != start.indices).any()
-    group = pack_group(problem, found.indices, found.table, found.scales, code)  # refuses windows that do not close
+    group = pack_group(problem, found.indices, found.codebook, found.scales, code)  # refuses windows that do not close
     decoded = found.decode().split(problem.held)
     for layer, part, rows in zip(group.layers, decoded, problem.rows, strict=True):
         assert torch.equal(layer.decode(), part[:rows, :40])
@@ -150,7 +150,7 @@ def test_rows_of_scale_zero_and_padding_columns_stay_out_of_it():
     problem, start, damped, factors = setting([150], 40, code)
     scales = start.scales.clone()
     scales[:3] = 0
-    zeroed = Solution(start.indices, start.table, scales, start.loss)
+    zeroed = Solution(start.indices, start.codebook, scales, start.loss)
     found = descend(problem, zeroed, code, damped, factors)
     assert torch.isfinite(found.decode()).all()
     assert float(found.decode()[:3].abs().max()) == 0

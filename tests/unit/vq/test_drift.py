@@ -34,9 +34,9 @@ def inputs(count: int, columns: int = 12, noise: float = 0.0, seed: int = 0) -> 
 
 
 def halves_of(rows: Tensor, full: Tensor) -> PairMoments:
-    """Even and odd tokens, all of one mass."""
-    mass = torch.full((len(rows),), 1 / len(rows))
-    return PairMoments.merged([Pair.of(rows[k::2], full[k::2], mass[k::2]) for k in (0, 1)])
+    """Even and odd tokens, all of one token weight."""
+    token_weight = torch.full((len(rows),), 1 / len(rows))
+    return PairMoments.merged([Pair.of(rows[k::2], full[k::2], token_weight[k::2]) for k in (0, 1)])
 
 
 def weight_of(columns: int = 12, rows: int = 6) -> Tensor:
@@ -51,39 +51,39 @@ def same(first: Pair, second: Pair) -> None:
 
 def test_sums_are_written_out():
     rows, full = inputs(5, 3)
-    mass = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4])
-    pair = Pair.of(rows, full, mass)
-    assert pair.mass == pytest.approx(1)
-    torch.testing.assert_close(pair.moment, sum(m * torch.outer(x, x) for m, x in zip(mass, rows)))
-    torch.testing.assert_close(pair.cross, sum(m * torch.outer(f, x) for m, f, x in zip(mass, full, rows)))
-    torch.testing.assert_close(pair.mean, mass @ rows)
-    torch.testing.assert_close(pair.full_mean, mass @ full)
+    token_weight = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4])
+    pair = Pair.of(rows, full, token_weight)
+    assert pair.token_weight == pytest.approx(1)
+    torch.testing.assert_close(pair.moment, sum(m * torch.outer(x, x) for m, x in zip(token_weight, rows)))
+    torch.testing.assert_close(pair.cross, sum(m * torch.outer(f, x) for m, f, x in zip(token_weight, full, rows)))
+    torch.testing.assert_close(pair.mean, token_weight @ rows)
+    torch.testing.assert_close(pair.full_mean, token_weight @ full)
 
 
 def test_sums_of_parts_are_the_sum_of_all():
     rows, full = inputs(10, 4)
-    mass = torch.rand(10, generator=torch.Generator().manual_seed(0))
-    first, second = (Pair.of(rows[part], full[part], mass[part]) for part in (slice(0, 3), slice(3, 10)))
-    same(first.added(second), Pair.of(rows, full, mass))
+    token_weight = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    first, second = (Pair.of(rows[part], full[part], token_weight[part]) for part in (slice(0, 3), slice(3, 10)))
+    same(first.added(second), Pair.of(rows, full, token_weight))
     same(second.added(first), first.added(second))
     assert first.added(None) is first
 
 
 def test_inputs_without_drift_have_one_moment():
     rows, _ = inputs(10, 4)
-    mass = torch.full((10,), 0.1)
-    pair, copied = Pair.of(rows, rows, mass), Pair.of(rows, rows.clone(), mass)
+    token_weight = torch.full((10,), 0.1)
+    pair, copied = Pair.of(rows, rows, token_weight), Pair.of(rows, rows.clone(), token_weight)
     assert pair.cross is pair.moment
     same(pair, copied)
 
 
 def test_halves_merge_into_the_whole():
     rows, full = inputs(9, 4)
-    mass = torch.full((9,), 1 / 9)
+    token_weight = torch.full((9,), 1 / 9)
     pairs = halves_of(rows, full)
-    same(pairs.whole, Pair.of(rows, full, mass))
+    same(pairs.whole, Pair.of(rows, full, token_weight))
     assert pairs.halves is not None
-    assert [half.mass for half in pairs.halves] == pytest.approx([5 / 9, 4 / 9])
+    assert [half.token_weight for half in pairs.halves] == pytest.approx([5 / 9, 4 / 9])
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -156,8 +156,8 @@ def test_noise_closes_the_gate():
         assert float(shift.value.norm()) < 0.5 * float(whole.norm())
     # The same samples in both halves, drift turned round: all of it disagrees.
     full = rows + torch.randn(30, 12, generator=generator)
-    mass = torch.full((30,), 1 / 60)
-    opposed = PairMoments.merged([Pair.of(rows, full, mass), Pair.of(rows, 2 * rows - full, mass)])
+    token_weight = torch.full((30,), 1 / 60)
+    opposed = PairMoments.merged([Pair.of(rows, full, token_weight), Pair.of(rows, 2 * rows - full, token_weight)])
     shift = gated_shift(weight, opposed, INFINITE)
     assert shift.step == 0
     assert torch.equal(shift.value, torch.zeros(6, 12))
@@ -174,9 +174,9 @@ def test_the_step_shrinks_with_noise():
 def test_a_step_below_the_least_is_left_out(share, is_taken):
     """The second half drifts as the first, but by a share c of it: η is about 2c at the least damping, 4c at most."""
     rows, full = inputs(60)
-    mass = torch.full((60,), 1 / 120)
-    agreeing = Pair.of(rows, rows + share * (full - rows), mass)
-    shift = gated_shift(weight_of(), PairMoments.merged([Pair.of(rows, full, mass), agreeing]), INFINITE)
+    token_weight = torch.full((60,), 1 / 120)
+    agreeing = Pair.of(rows, rows + share * (full - rows), token_weight)
+    shift = gated_shift(weight_of(), PairMoments.merged([Pair.of(rows, full, token_weight), agreeing]), INFINITE)
     assert (shift.step >= LEAST_STEP) == is_taken
     assert (shift.step > 0) == is_taken
     assert bool(shift.value.any()) == is_taken

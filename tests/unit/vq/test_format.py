@@ -63,10 +63,10 @@ def test_decode_of_a_quad_by_hand():
     code, columns = CODES["4,8,8"], 16
     codes = np.zeros(code.codes_bytes(128, columns), dtype=np.uint8)
     chunk_at(codes, code, columns, group=3, column_chunk=1)[2] = 5  # window 2 of group 3: row 3 + 8 · 2 = 19
-    table = np.zeros((256, 4), dtype=np.int8)
-    table[5] = (1, -2, 3, -128)
+    codebook = np.zeros((256, 4), dtype=np.int8)
+    codebook[5] = (1, -2, 3, -128)
     scales = np.full(128, 0.5, dtype=np.float16)
-    decoded = vq_format.decode(codes, table, scales, code, 128, columns)
+    decoded = vq_format.decode(codes, codebook, scales, code, 128, columns)
     expected = np.zeros((128, columns), dtype=np.float32)
     expected[19, 4:8] = (0.5, -1, 1.5, -64)
     assert np.array_equal(decoded, expected)
@@ -77,11 +77,11 @@ def test_decode_of_six_bit_symbols_by_hand():
     codes = np.zeros(code.codes_bytes(128, columns), dtype=np.uint8)
     # Symbols 1 and 33 first: 000001 100001 0000…, in bytes 00000110 00010000. Rows 1 and 9 of group 1, columns 4 and 5.
     chunk_at(codes, code, columns, group=1, column_chunk=2)[:2] = (0b00000110, 0b00010000)
-    table = np.zeros((64, 2), dtype=np.float16)
-    table[1], table[33] = (1.5, -2), (0.25, 8)
+    codebook = np.zeros((64, 2), dtype=np.float16)
+    codebook[1], codebook[33] = (1.5, -2), (0.25, 8)
     scales = np.ones(128, dtype=np.float16)
     scales[9] = 3
-    decoded = vq_format.decode(codes, table, scales, code, 128, columns)
+    decoded = vq_format.decode(codes, codebook, scales, code, 128, columns)
     expected = np.zeros((128, columns), dtype=np.float32)
     expected[1, 4:6], expected[9, 4:6] = (1.5, -2), (0.75, 24)
     assert np.array_equal(decoded, expected)
@@ -117,14 +117,14 @@ def test_device_order_of_pairs_splits_lanes_in_planes_by_hand():
 
 def test_wrong_shapes_are_refused():
     code = CODES["4,8,8"]
-    table, scales = np.zeros((256, 4), dtype=np.int8), np.zeros(128, dtype=np.float16)
+    codebook, scales = np.zeros((256, 4), dtype=np.int8), np.zeros(128, dtype=np.float16)
     codes = np.zeros(code.codes_bytes(128, 16), dtype=np.uint8)
     with pytest.raises(ShapeError, match=r"expected uint8\[512\]"):
-        vq_format.decode(codes[:-1], table, scales, code, 128, 16)
+        vq_format.decode(codes[:-1], codebook, scales, code, 128, 16)
     with pytest.raises(ShapeError, match=r"expected int8\[256, 4\]"):
-        vq_format.decode(codes, table[:, :2], scales, code, 128, 16)
+        vq_format.decode(codes, codebook[:, :2], scales, code, 128, 16)
     with pytest.raises(ShapeError, match=r"scales of shape \[100\]"):
-        vq_format.decode(codes, table, scales, code, 100, 16)
+        vq_format.decode(codes, codebook, scales, code, 100, 16)
     with pytest.raises(ShapeError, match="symbol 64 does not fit 6 bits"):
         vq_format.pack(np.full((1, 8, 8, 16), 64, dtype=np.uint8), CODES["2,6,6"])
 

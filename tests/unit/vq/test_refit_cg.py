@@ -10,7 +10,7 @@ from layer_problems import random_layer
 from toolchain.values import CODES, VQCode
 from toolchain.vq.factor import factor_moment
 from toolchain.vq.kronecker import Objective
-from toolchain.vq.refit_cg import entry_weights, refine, refit, refit_scales_coupled, refit_table_cg
+from toolchain.vq.refit_cg import entry_weights, refine, refit, refit_codebook_cg, refit_scales_coupled
 from toolchain.vq.scales import refit_scales
 from toolchain.vq.solve import solve_problem
 from toolchain.vq.weights import Options, decode_stacked, stack_group
@@ -53,9 +53,9 @@ def test_conjugate_gradients_reach_the_normal_equations():
     objective = Objective.of(problem, damped, factors)
     normal, right = normal_equations(objective, start.indices, start.scales, code.entries, 2)
     wanted = torch.from_numpy(np.linalg.lstsq(normal, right, rcond=None)[0].reshape(-1, 2)).float()
-    found = refit_table_cg(objective, start.indices, start.scales, start.table.float(), iterations=60)
+    found = refit_codebook_cg(objective, start.indices, start.scales, start.codebook.float(), iterations=60)
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
-    losses = [objective.loss(decode_stacked(start.indices, t, start.scales)) for t in (found, wanted, start.table)]
+    losses = [objective.loss(decode_stacked(start.indices, t, start.scales)) for t in (found, wanted, start.codebook)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] < losses[2]
 
@@ -75,17 +75,17 @@ def test_entry_weights_are_the_diagonal_blocks_of_uncoupled_places():
 def test_entries_without_a_code_stay():
     code = VQCode(2, 6, 6)
     problem, start, damped, factors = setting([8], 16, code)
-    table = start.table.float()
-    found = refit_table_cg(Objective.of(problem, damped, factors), start.indices % 32, start.scales, table)
-    assert torch.equal(found[32:], table[32:])
-    assert not torch.equal(found[:32], table[:32])
+    codebook = start.codebook.float()
+    found = refit_codebook_cg(Objective.of(problem, damped, factors), start.indices % 32, start.scales, codebook)
+    assert torch.equal(found[32:], codebook[32:])
+    assert not torch.equal(found[:32], codebook[:32])
 
 
 def test_coupled_scales_are_the_least_squares_ones():
     code = VQCode(4, 8, 8)
     problem, start, damped, factors = setting([20, 12], 32, code)
     objective = Objective.of(problem, damped, factors)
-    unit = decode_stacked(start.indices, start.table, torch.ones_like(start.scales))
+    unit = decode_stacked(start.indices, start.codebook, torch.ones_like(start.scales))
     found = refit_scales_coupled(objective, unit, start.scales.float())
     q, w, s = (x.double().numpy() for x in (unit, problem.weight, damped))
     rows_factor = torch.block_diag(*factors).double().numpy()
@@ -99,7 +99,7 @@ def test_coupled_scales_are_the_least_squares_ones():
 def test_uncoupled_scales_are_those_of_each_row():
     code = VQCode(4, 8, 8)
     problem, start, damped, _ = setting([20], 32, code)
-    unit = decode_stacked(start.indices, start.table, torch.ones_like(start.scales))
+    unit = decode_stacked(start.indices, start.codebook, torch.ones_like(start.scales))
     scales = start.scales.float()
     wanted = refit_scales(problem.weight, unit, damped, scales)
     assert torch.equal(refit_scales_coupled(Objective.of(problem, damped), unit, scales), wanted)
@@ -110,7 +110,7 @@ def test_uncoupled_scales_are_those_of_each_row():
 def test_a_row_of_scale_zero_keeps_it():
     code = VQCode(4, 8, 8)
     problem, start, damped, factors = setting([20], 32, code)
-    unit = decode_stacked(start.indices, start.table, torch.ones_like(start.scales))
+    unit = decode_stacked(start.indices, start.codebook, torch.ones_like(start.scales))
     scales = start.scales.float()
     scales[4] = 0
     found = refit_scales_coupled(Objective.of(problem, damped, factors), unit, scales)
@@ -127,7 +127,7 @@ def test_a_refit_is_stored_and_loses_less(name, is_coupled):
     found = refit(problem, start, code, objective)
     assert objective.loss(found.decode()) < objective.loss(start.decode())
     assert torch.equal(found.indices, start.indices)
-    assert (found.table.dtype, found.scales.dtype) == (start.table.dtype, torch.float16)
+    assert (found.codebook.dtype, found.scales.dtype) == (start.codebook.dtype, torch.float16)
     assert torch.isfinite(found.decode()).all()
 
 
@@ -136,7 +136,7 @@ def test_a_start_that_cannot_be_bettered_is_kept():
     problem, start, damped, factors = setting([40], 32, code)
     settled = replace(problem, weight=start.decode())
     found = refit(settled, start, code, Objective.of(settled, damped, factors))
-    assert torch.equal(found.table, start.table)
+    assert torch.equal(found.codebook, start.codebook)
     assert torch.equal(found.scales, start.scales)
     assert found.loss == 0
 

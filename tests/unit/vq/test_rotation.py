@@ -10,11 +10,11 @@ from toolchain.vq.rotation import (
     BLOCKS,
     block_of,
     hadamard,
+    inverse_rotate,
     rotate,
     rotate_moment,
     rotation_block,
     rudin_shapiro,
-    turn_back,
 )
 
 
@@ -51,7 +51,7 @@ def test_weight_moment_and_inputs_turn_together(block):
     torch.testing.assert_close(rotate_moment(moment, block), turned_inputs.T @ turned_inputs, atol=1e-3, rtol=1e-4)
     before, after = (float(((w @ h) * w).sum()) for w, h in ((weight, moment), (turned, rotate_moment(moment, block))))
     assert after == pytest.approx(before, rel=1e-5)
-    torch.testing.assert_close(turn_back(turned, block), weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(inverse_rotate(turned, block), weight, atol=1e-6, rtol=0)
 
 
 def test_it_serves_gradients_after_it_served_inference():

@@ -109,21 +109,21 @@ def test_losses_add_up_to_the_damped_error():
     assert found.references == pytest.approx([weighted_square(w, moment) for w in weights])
 
 
-def test_layers_share_every_segments_table_and_have_scales_of_their_own():
+def test_layers_share_every_segments_codebook_and_have_scales_of_their_own():
     weight, moment = random_layer(200, 160, 8)
     found = quantize_segments([weight[:128], weight[128:]], moment, parse_format("2,6,8@64+4,8,9", 160), FAST, seeded())
     first, second = found.layers
     assert first.code == second.code == "2,6,8@64+4,8,9"
     assert (first.rows, second.rows, first.columns) == (128, 72, 160)
     for one, other in zip(first.segments, second.segments, strict=True):
-        assert torch.equal(one.table, other.table)
+        assert torch.equal(one.codebook, other.codebook)
         assert (one.scales.shape, other.scales.shape) == ((128,), (72,))
     assert torch.equal(first.decode()[:, :64], first.segments[0].decode())
 
 
 @pytest.mark.parametrize("code", ["2,4,8", "4,8,8", "2,6,6"])
 def test_equal_codes_come_to_what_one_code_does(code):
-    """A table and scales more a segment make up for shorter columns to train them on: 0.85 to 0.94 of one code here.
+    """A codebook and scales more a segment make up for shorter columns to train them on: 0.85 to 0.94 of one code here.
     Coded each for itself, without feedback between them, the segments lose more."""
     weight, moment = random_layer(256, 192, 9)
     one = quantize_group([weight], moment, VQCode.parse(code), FAST, seeded()).loss
@@ -155,7 +155,7 @@ def test_the_same_generator_gives_the_same_codes():
     first, second = (quantize_segments([weight], moment, segments, FAST, seeded()) for _ in range(2))
     for one, other in zip(first.layers[0].segments, second.layers[0].segments, strict=True):
         assert torch.equal(one.codes, other.codes)
-        assert torch.equal(one.table, other.table)
+        assert torch.equal(one.codebook, other.codebook)
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,4 +1,6 @@
-"""One table for many groups: drawn in each one's own metric, none drowned by a loud one, better than any one's own."""
+"""One codebook for many groups: drawn in each one's own metric, none drowned by a loud one, better than any one's
+own.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,9 @@ def pooled(pieces, code):
     return pool
 
 
-def loss(one: Piece, code, table) -> float:
-    """The share of its output that a piece loses with a table that is given."""
-    options = replace(FAST, tables={code: table})
+def loss(one: Piece, code, codebook) -> float:
+    """The share of its output that a piece loses with a codebook that is given."""
+    options = replace(FAST, codebooks={code: codebook})
     group = quantize_group(one.weights, one.moment, code, options, generator())
     return group.loss / sum(group.references)
 
@@ -63,19 +65,19 @@ def test_pieces_draw_by_their_share_of_the_weights():
 
 
 @pytest.mark.parametrize("name", ["4,8,8", "2,4,8"])
-def test_a_joint_table_serves_both_better_than_the_others_own(name):
+def test_a_joint_codebook_serves_both_better_than_the_others_own(name):
     code = CODES[name]
     plain, tailed = piece(256, 64, 0), heavy(256, 64, 1)
-    joint = pooled([plain, tailed], code).table(FAST, generator())
-    own = [pooled([one], code).table(FAST, generator()) for one in (plain, tailed)]
+    joint = pooled([plain, tailed], code).codebook(FAST, generator())
+    own = [pooled([one], code).codebook(FAST, generator()) for one in (plain, tailed)]
     assert loss(tailed, code, joint) < loss(tailed, code, own[0])
-    both = [loss(plain, code, table) + loss(tailed, code, table) for table in (joint, *own)]
+    both = [loss(plain, code, codebook) + loss(tailed, code, codebook) for codebook in (joint, *own)]
     assert both[0] == min(both)
 
 
-def test_a_pool_of_one_piece_is_as_good_as_its_own_table():
+def test_a_pool_of_one_piece_is_as_good_as_its_own_codebook():
     code, one = CODES["2,4,8"], piece(256, 64, 2)
-    given = pooled([one], code).table(FAST, generator())
+    given = pooled([one], code).codebook(FAST, generator())
     own = quantize_group(one.weights, one.moment, code, replace(FAST, rounds=1), generator())
     assert loss(one, code, given) < 1.05 * own.loss / sum(own.references)
 
@@ -92,6 +94,6 @@ def test_segments_are_drawn_in_the_pivots_of_one_sweep_over_all_columns():
 
 def test_the_same_seeds_give_the_same_bytes():
     pieces = [piece(128, 64, 0), heavy(128, 32, 1)]
-    tables = [pooled(pieces, CODES["4,8,9"]).table(FAST, generator(7)) for _ in range(2)]
-    assert torch.equal(tables[0].stored, tables[1].stored)
-    assert tables[0].step == tables[1].step
+    codebooks = [pooled(pieces, CODES["4,8,9"]).codebook(FAST, generator(7)) for _ in range(2)]
+    assert torch.equal(codebooks[0].stored, codebooks[1].stored)
+    assert codebooks[0].step == codebooks[1].step

@@ -72,12 +72,12 @@ def test_further_rounds_never_lose():
 @pytest.mark.parametrize(
     ("method", "code"), [*((method, "4,8,8") for method in SOLVERS), ("mgvq", "2,4,8"), ("mgvq", "4,8,9")]
 )
-def test_a_group_shares_one_table(method, code):
+def test_a_group_shares_one_codebook(method, code):
     first, moment = random_layer(100, 32, seed=0)
     second, _ = random_layer(60, 32, seed=1)
     group = run(method, [first, second], moment, code)
     assert [layer.rows for layer in group.layers] == [100, 60]
-    assert group.layers[0].table is group.layers[1].table
+    assert group.layers[0].codebook is group.layers[1].codebook
     for weight, layer, reference in zip((first, second), group.layers, group.references):
         assert float((weight - layer.decode()).norm()) < float(weight.norm())
         assert reference > 0
@@ -89,7 +89,7 @@ def test_the_generator_is_all_that_is_random(method):
     code = "2,6,8" if method == "mgvq" else "2,6,6"
     first, again = (run(method, [weight], moment, code, seed=7).layers[0] for _ in range(2))
     assert torch.equal(first.codes, again.codes)
-    assert torch.equal(first.table, again.table)
+    assert torch.equal(first.codebook, again.codebook)
     assert torch.equal(first.scales, again.scales)
 
 

@@ -10,7 +10,7 @@ from toolchain.values import CODE_NAMES, CODES, PLAIN_CODE_NAMES, VQCode
 from toolchain.vq import format as vq_format
 from toolchain.vq import trellis
 from toolchain.vq.assign import nearest_entries
-from toolchain.vq.trellis import cheapest_windows, chunk_rows, closed_paths, search_for
+from toolchain.vq.trellis import cheapest_windows, chunk_rows, search_for, tail_biting_paths
 
 OVERLAPPING = [CODES[name] for name in CODE_NAMES if name not in PLAIN_CODE_NAMES]
 # Small enough to try everything: more shift than overlap, as much, less, and less than half.
@@ -47,7 +47,7 @@ def random_search(code: VQCode, steps: int, chunks: int, seed: int = 0):
 def test_tiny_codes_find_the_cheapest_circle(code, steps, monkeypatch):
     monkeypatch.setattr(trellis, "SEAMS", 64)
     queries, entries = random_search(code, steps, chunks=30)
-    found = closed_paths(queries, entries, code)
+    found = tail_biting_paths(queries, entries, code)
     assert follows(found, code)
     streams = windows_of_streams(code, steps)
     costs = torch.stack([cost_of(s[:, None].expand(-1, 30), queries, entries) for s in streams])
@@ -59,25 +59,25 @@ def test_a_circle_by_hand():
     entries = torch.eye(4)
     queries = torch.tensor([[0.5, 9.0, 0.3, 0.4], [1.0, 0.2, 9.0, 9.0]])[..., None]
     # 00 00 costs 1.5, 11 11 costs 9.4, 01 10 costs 18, 10 01 costs 0.5.
-    assert closed_paths(queries, entries, VQCode(2, 1, 2)).flatten().tolist() == [2, 1]
+    assert tail_biting_paths(queries, entries, VQCode(2, 1, 2)).flatten().tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("code", OVERLAPPING, ids=str)
 def test_paths_close_and_four_seams_nearly_suffice(code, monkeypatch):
     queries, entries = random_search(code, 16, chunks=40)
-    found = closed_paths(queries, entries, code)
+    found = tail_biting_paths(queries, entries, code)
     assert follows(found, code)
     assert int(found.min()) >= 0
     assert int(found.max()) < code.entries
     monkeypatch.setattr(trellis, "SEAMS", 64)
-    best = cost_of(closed_paths(queries, entries, code), queries, entries)
+    best = cost_of(tail_biting_paths(queries, entries, code), queries, entries)
     assert bool((cost_of(found, queries, entries) >= best - 1e-4).all())
     assert float(cost_of(found, queries, entries).sum()) <= 0.99 * float(best.sum())  # costs are negative
 
 
 @pytest.mark.parametrize("code", OVERLAPPING, ids=str)
 def test_symbols_give_back_the_windows(code):
-    found = closed_paths(*random_search(code, 16, chunks=20), code)
+    found = tail_biting_paths(*random_search(code, 16, chunks=20), code)
     symbols = (found >> (code.window - code.shift)).T.numpy().astype(np.uint8)
     assert np.array_equal(vq_format.windows_from_symbols(symbols, code), found.T.numpy())
 
@@ -85,19 +85,19 @@ def test_symbols_give_back_the_windows(code):
 def test_taking_chunks_in_pieces_changes_nothing(monkeypatch):
     code = CODES["2,4,8"]
     queries, entries = random_search(code, 16, chunks=25)
-    whole = closed_paths(queries, entries, code)
+    whole = tail_biting_paths(queries, entries, code)
     monkeypatch.setattr(trellis, "COSTS_ON_CPU", 16 * 256 * 7)
-    assert torch.equal(closed_paths(queries, entries, code), whole)
+    assert torch.equal(tail_biting_paths(queries, entries, code), whole)
 
 
 @pytest.mark.parametrize("code", [VQCode(2, 1, 2), CODES["2,4,8"], CODES["4,8,9"]], ids=str)
 def test_rows_become_chunks_as_the_format_cuts_them(code):
     generator = torch.Generator().manual_seed(3)
     targets, scales = torch.randn(256, code.vector, generator=generator), torch.rand(256, generator=generator)
-    table = torch.randn(code.entries, code.vector, generator=generator)
+    codebook = torch.randn(code.entries, code.vector, generator=generator)
     root = torch.randn(code.vector, code.vector, generator=generator)
     metric = root @ root.T
-    found = cheapest_windows(targets, metric, table, scales, code)
+    found = cheapest_windows(targets, metric, codebook, scales, code)
     assert found.dtype == (torch.int16 if code.entries > 256 else torch.uint8)
     windows = vq_format.chunks_from_matrix(found[:, None].numpy().astype(np.uint16), code)
     symbols = (windows >> (code.window - code.shift)).astype(np.uint8)
@@ -106,9 +106,9 @@ def test_rows_become_chunks_as_the_format_cuts_them(code):
     group, inside = torch.tensor([1]), torch.tensor([5])
     rows = chunk_rows(group, inside)[0]
     assert rows.tolist() == list(range(128 + 5, 256, 8))
-    off = targets[rows][:, None] - scales[rows][:, None, None] * table
+    off = targets[rows][:, None] - scales[rows][:, None, None] * codebook
     losses = torch.einsum("tcv,vw,tcw->tc", off, metric, off)
-    alone = closed_paths(losses[..., None], torch.eye(code.entries), code).flatten()
+    alone = tail_biting_paths(losses[..., None], torch.eye(code.entries), code).flatten()
     assert torch.equal(found[rows].long(), alone)
 
 
@@ -116,12 +116,12 @@ def test_rows_of_scale_zero_leave_their_neighbours_free():
     # With every other row silent, (2,4,8) has eight bits for each row that counts: it is the nearest entry.
     code = CODES["2,4,8"]
     generator = torch.Generator().manual_seed(4)
-    targets, table = torch.randn(128, 2, generator=generator), torch.randn(256, 2, generator=generator)
+    targets, codebook = torch.randn(128, 2, generator=generator), torch.randn(256, 2, generator=generator)
     scales = torch.ones(128)
     silent = (torch.arange(128) // 8) % 2 == 1
     scales[silent] = 0
-    found = cheapest_windows(targets, torch.eye(2), table, scales, code)
-    nearest = nearest_entries(targets, torch.eye(2), table, scales)
+    found = cheapest_windows(targets, torch.eye(2), codebook, scales, code)
+    nearest = nearest_entries(targets, torch.eye(2), codebook, scales)
     assert torch.equal(found[~silent], nearest[~silent])
 
 

@@ -1,4 +1,4 @@
-"""Universal tables: the file can be made again, fits Gaussian weights, and is what every group then stores."""
+"""Universal codebooks: the file can be made again, fits Gaussian weights, and is what every group then stores."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from toolchain.vq.factor import factor_moment
 from toolchain.vq.refit_cg import refine
 from toolchain.vq.segments import quantize_segments
 from toolchain.vq.solve import quantize_group, solve_problem
-from toolchain.vq.trellis import closed_paths
-from toolchain.vq.universal_codebooks import gaussian_table, machine, stored_metadata, universal_tables
-from toolchain.vq.weights import FixedTable, Options, stack_group
+from toolchain.vq.trellis import tail_biting_paths
+from toolchain.vq.universal_codebooks import gaussian_codebook, machine, stored_metadata, universal_codebooks
+from toolchain.vq.weights import FixedCodebook, Options, stack_group
 
-GIVEN = Options(tables=universal_tables())
+GIVEN = Options(codebooks=universal_codebooks())
 OWN = Options(lloyd_rounds=6, samples=8_000)
 NAMES = [str(code) for code in universal.TRAINED_CODES]
 
 
-def gaussian_error(code: VQCode, table: FixedTable) -> float:
+def gaussian_error(code: VQCode, codebook: FixedCodebook) -> float:
     """Mean squared error of the code's cheapest paths on other Gaussian samples."""
     vectors = torch.randn(1 << 14, code.vector, generator=torch.Generator().manual_seed(99))
     features = sample_features(Samples(vectors, torch.eye(code.vector).expand(len(vectors), -1, -1)))
-    worth = table.stored.float() * table.step
+    worth = codebook.stored.float() * codebook.step
     if code.window == code.shift:
         chosen = (features @ entry_features(worth).T).argmin(dim=1)
     else:
         queries = features.view(-1, 16, features.shape[1]).permute(1, 2, 0)
-        chosen = closed_paths(queries, entry_features(worth), code).T.reshape(-1)
+        chosen = tail_biting_paths(queries, entry_features(worth), code).T.reshape(-1)
     return float((vectors - worth[chosen]).square().mean())
 
 
@@ -51,9 +51,9 @@ def solved(weight, moment, code, options):
 
 @pytest.mark.parametrize("name", ["2,4,4", "2,6,6", "2,6,8"])
 def test_the_file_can_be_made_again(name):
-    """To the byte with the arithmetic it was made with; elsewhere rounding may lead to another table as good."""
+    """To the byte with the arithmetic it was made with; elsewhere rounding may lead to another codebook as good."""
     code = VQCode.parse(name)
-    found, stored = gaussian_table(code), universal_tables()[code]
+    found, stored = gaussian_codebook(code), universal_codebooks()[code]
     if machine() == stored_metadata()["machine"]:
         assert torch.equal(found.stored, stored.stored)
         assert found.step == stored.step
@@ -61,22 +61,22 @@ def test_the_file_can_be_made_again(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_reach_the_error_that_dry_runs_expect(name):
+def test_codebooks_reach_the_error_that_dry_runs_expect(name):
     code = VQCode.parse(name)
-    table = universal_tables()[code]
-    assert table.stored.dtype == (torch.int8 if code.vector == 4 else torch.float16)
-    assert (table.step == 1) == (code.vector == 2)
-    assert gaussian_error(code, table) < 1.04 * GAUSSIAN_ERROR[name]
+    codebook = universal_codebooks()[code]
+    assert codebook.stored.dtype == (torch.int8 if code.vector == 4 else torch.float16)
+    assert (codebook.step == 1) == (code.vector == 2)
+    assert gaussian_error(code, codebook) < 1.04 * GAUSSIAN_ERROR[name]
 
 
 @pytest.mark.parametrize("name", CODE_NAMES)
-def test_a_group_stores_the_table_it_was_given(name):
+def test_a_group_stores_the_codebook_it_was_given(name):
     """The same bytes for any weights; decoding is that of the stored form, and the error what is reported."""
     weight, moment = gaussian_layer(150, 40)
     for size in (1.0, 2.0**-6):
         group = solved(size * weight, moment, CODES[name], GIVEN)
         stored = group.layers[0]
-        assert torch.equal(stored.table, universal_tables()[CODES[name]].stored)
+        assert torch.equal(stored.codebook, universal_codebooks()[CODES[name]].stored)
         error = (size * weight - stored.decode()).double()
         assert group.errors[0] == pytest.approx(float(((error @ moment.double()) * error).sum()), rel=1e-4)
         assert stored.scales.float().mean() > 0
@@ -95,40 +95,40 @@ def test_without_outliers_they_are_nearly_as_good_and_with_them_far_from_it(name
 
 def test_codes_that_are_not_given_train_their_own():
     weight, moment = gaussian_layer(128, 32)
-    some = Options(tables={CODES["2,6,6"]: universal_tables()[CODES["2,6,6"]]})
+    some = Options(codebooks={CODES["2,6,6"]: universal_codebooks()[CODES["2,6,6"]]})
     trained = solved(weight, moment, CODES["2,4,8"], some).layers[0]
-    assert torch.equal(trained.table, solved(weight, moment, CODES["2,4,8"], Options()).layers[0].table)
-    assert not torch.equal(trained.table, universal_tables()[CODES["2,4,8"]].stored)
+    assert torch.equal(trained.codebook, solved(weight, moment, CODES["2,4,8"], Options()).layers[0].codebook)
+    assert not torch.equal(trained.codebook, universal_codebooks()[CODES["2,4,8"]].stored)
 
 
-def test_segments_take_the_table_of_their_code():
+def test_segments_take_the_codebook_of_their_code():
     weight, moment = gaussian_layer(130, 150)
     segments = parse_format("2,6,8@64+2,3,8", 150)
     group = quantize_segments([weight], moment, segments, GIVEN, torch.Generator().manual_seed(0))
     for segment, stored in zip(segments, group.layers[0].segments, strict=True):
-        assert torch.equal(stored.table, universal_tables()[segment.code].stored)
+        assert torch.equal(stored.codebook, universal_codebooks()[segment.code].stored)
 
 
 @pytest.mark.parametrize("name", ["4,8,8", "2,4,8"])
-def test_descent_refits_scales_and_leaves_the_table(name):
+def test_descent_refits_scales_and_leaves_the_codebook(name):
     code = CODES[name]
     weight, moment = gaussian_layer(150, 40)
     problem = stack_group([weight], moment, code, searches_paths=True)
     start = solve_problem(problem, code, GIVEN, torch.Generator().manual_seed(0))
     damped = factor_moment(problem.moment, 40, code.vector, GIVEN.damping).damped
-    kept = refine(problem, start, code, damped, None, Descent(sweeps=1), rounds=2, keeps_table=True)
+    kept = refine(problem, start, code, damped, None, Descent(sweeps=1), rounds=2, keeps_codebook=True)
     free = refine(problem, start, code, damped, None, Descent(sweeps=1), rounds=2)
-    assert torch.equal(kept.table, start.table)
-    assert not torch.equal(free.table, start.table)
+    assert torch.equal(kept.codebook, start.codebook)
+    assert not torch.equal(free.codebook, start.codebook)
     assert not torch.equal(kept.scales, start.scales)
     assert free.loss < kept.loss < start.loss
 
 
-def test_a_file_that_lacks_a_table_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_lacks_a_codebook_is_refused(tmp_path, monkeypatch):
     tensors = load_file(universal.FILE)
     tensors["2,4,8"] = tensors["2,4,8"].float()
     with universal.safe_open(universal.FILE, framework="pt") as file:
         save_file(tensors, tmp_path / "u.safetensors", metadata=file.metadata())
     monkeypatch.setattr(universal, "FILE", tmp_path / "u.safetensors")
     with pytest.raises(InputDataError, match=r"expected float16\[256, 2\] under 2,4,8, found torch.float32"):
-        universal_tables.__wrapped__()
+        universal_codebooks.__wrapped__()

@@ -78,9 +78,9 @@ def _reason_against(node: gs.Node, code: VQCode, rows: int, columns: int) -> str
     symbols = (*code.chunk_shape(rows, columns), 16)
     if codes.dtype != np.uint8 or tuple(codes.shape) != symbols:
         return f"expected codes uint8{list(symbols)}, found {codes.dtype}{list(codes.shape)}"
-    stored = table.values.astype(code.table_dtype)
+    stored = table.values.astype(code.codebook_dtype)
     if not np.array_equal(stored.astype(np.float32), table.values):
-        return f"the table does not fit {code.table_dtype} exactly; it is not a table of code {code}"
+        return f"the table does not fit {code.codebook_dtype} exactly; it is not a table of code {code}"
     if not np.array_equal(scales.values.astype(np.float16).astype(np.float32), scales.values):
         return "scales do not fit float16 exactly"
     return None
@@ -90,4 +90,4 @@ def _device_arrays(node: gs.Node, code: VQCode, rows: int, columns: int) -> tupl
     codes, table, scales = (tensor.values for tensor in node.inputs[1:4])
     packed = vq_format.pack(codes, code)
     device = vq_format.device_from_checkpoint(packed, code, rows, columns).view(np.int8)
-    return device, table.astype(code.table_dtype), scales.astype(np.float16)
+    return device, table.astype(code.codebook_dtype), scales.astype(np.float16)

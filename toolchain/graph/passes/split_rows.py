@@ -41,7 +41,7 @@ def split_rows(graph: gs.Graph, block_bytes: int) -> PassResult:
 
 
 def part_rows(code: VQCode, rows: int, columns: int, block_bytes: int) -> list[tuple[int, int]]:
-    """(first row, row after the last) of each part: as few parts as fit, row groups dealt evenly among them."""
+    """(first row, row after the last) of each part: as few parts as fit, row groups interleaved evenly among them."""
     groups = -(-rows // ROW_GROUP)
     parts = -(-groups // (block_bytes // code.codes_bytes(ROW_GROUP, columns)))
     cuts = [groups * i // parts * ROW_GROUP for i in range(parts)]

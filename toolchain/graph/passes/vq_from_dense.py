@@ -51,7 +51,7 @@ class DenseLinear:
 
     def stored_bytes(self, code: VQCode) -> int:
         """Codes, table and scales in a code."""
-        return code.codes_bytes(self.rows, self.columns) + code.table_bytes + 2 * self.rows
+        return code.codes_bytes(self.rows, self.columns) + code.codebook_bytes + 2 * self.rows
 
 
 @dataclass(frozen=True)

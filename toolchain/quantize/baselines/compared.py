@@ -18,7 +18,7 @@ from toolchain.vq.weights import Options
 @dataclass(frozen=True)
 class ComparedGroup:
     """A quantized group of layers. `weights` are the Ŵ float32[m_i, n] it decodes to, `bytes` all that would be stored
-    for it (codes with their padding, tables, scales); `errors` and `references` as in `vq.weights.VQGroup`.
+    for it (codes with their padding, codebooks, scales); `errors` and `references` as in `vq.weights.VQGroup`.
     """
 
     weights: tuple[Tensor, ...]

@@ -15,7 +15,7 @@ from toolchain.calibration.moments import layer_moments
 from toolchain.errors import MgvqError
 from toolchain.models.inventory import kept_parameters
 from toolchain.quantize.baselines.compared import ComparedMethod
-from toolchain.quantize.driver.request import Job
+from toolchain.quantize.driver.request import QuantizationRequest
 from toolchain.quantize.driver.sequence import LayerResult, group_generator, walk_groups
 from toolchain.values import PARTS, SILENT, BitPlan, LayerSpec, Progress, VQCode
 from toolchain.vq.weights import Options
@@ -40,31 +40,33 @@ class DenseResult:
     seconds: float
 
 
-def quantize_dense(job: Job, method: ComparedMethod, progress: Progress = SILENT) -> DenseResult:
-    """The same walk over the model as `quantize.checkpoint`'s, in memory; the job's model is given up.
+def quantize_dense(request: QuantizationRequest, method: ComparedMethod, progress: Progress = SILENT) -> DenseResult:
+    """The same walk over the model as `quantize.checkpoint`'s, in memory; the request's model is given up.
 
     Raises:
         UsageError: bits or overrides that no plan can keep.
     """
     began = time.monotonic()
-    plan = plan_bits(job.specs, kept_parameters(job.model, job.specs), bits=job.bits, overrides=job.overrides)
+    plan = plan_bits(
+        request.specs, kept_parameters(request.model, request.specs), bits=request.bits, overrides=request.overrides
+    )
     sizes: dict[str, int] = {}
     moments: dict[str, Tensor] = {}
 
     def begin(step: Sequence[LayerSpec]) -> None:
         moments.clear()
-        moments.update(layer_moments(job.model, job.inputs, step, job.specs))
+        moments.update(layer_moments(request.model, request.inputs, step, request.specs))
 
     def quantize(members: list[LayerSpec]) -> list[LayerResult]:
         code = VQCode.parse(plan.layer(members[0].name).code)
-        generator = group_generator(job.seed, members[0].group)
+        generator = group_generator(request.seed, members[0].group)
         moment = moments[members[0].name]
-        found, size = _quantize_members(job.model, members, moment, code, method, job.options, generator)
+        found, size = _quantize_members(request.model, members, moment, code, method, request.options, generator)
         sizes[members[0].group] = size
         return found
 
-    results = walk_groups(job.specs, begin, quantize, progress)
-    return DenseResult(job.model, plan, results, dense_bits(plan, sizes), time.monotonic() - began)
+    results = walk_groups(request.specs, begin, quantize, progress)
+    return DenseResult(request.model, plan, results, dense_bits(plan, sizes), time.monotonic() - began)
 
 
 def _quantize_members(
@@ -81,13 +83,13 @@ def _quantize_members(
     parameters = [model.get_parameter(f"{spec.name}.weight") for spec in members]
     weights = [p.detach().flatten(1).float() for p in parameters]
     sorts = members[0].part in TOKEN_PARTS
-    orders = [w.norm(dim=1).argsort(stable=True) if sorts else torch.arange(len(w)) for w in weights]
+    permutations = [w.norm(dim=1).argsort(stable=True) if sorts else torch.arange(len(w)) for w in weights]
     try:
-        group = method([w[order] for w, order in zip(weights, orders)], moment, code, options, generator)
+        group = method([w[order] for w, order in zip(weights, permutations)], moment, code, options, generator)
     except MgvqError as error:
         raise type(error)(f"layer {members[0].name}: {error}") from error
     with torch.no_grad():
-        for parameter, weight, order in zip(parameters, group.weights, orders):
+        for parameter, weight, order in zip(parameters, group.weights, permutations):
             parameter.copy_(weight[order.argsort()].reshape(parameter.shape))  # in place: what is tied to it follows
     size = group.bytes + (sum(_order_bytes(len(w)) for w in weights) if sorts else 0)
     seconds = time.monotonic() - began

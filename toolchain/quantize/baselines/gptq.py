@@ -17,7 +17,7 @@ from toolchain.vq.sweep import sweep
 from toolchain.vq.weights import Options, Problem, VQGroup, decode_stacked, output_errors, stack_group
 
 # Half steps tried, over 2 / levels of the row's RMS, which is near the best of a Gaussian row. Far beyond it, because
-# a single weight of 30 RMS in a loud column can be worth a coarse step for the rest of its row.
+# a single weight of 30 RMS in a high-energy column can be worth a coarse step for the rest of its row.
 LOWEST_STEP, HIGHEST_STEP, STEPS_TRIED = 0.5, 30.0, 32
 
 
@@ -40,12 +40,12 @@ def quantize_group(
     levels = level_count(code)
     problem = stack_group(weights, moment, code)
     factors = factor_moment(problem.moment, problem.columns, 1, options.damping)
-    table = torch.arange(1 - levels, levels, 2, device=problem.weight.device)[:, None]
+    codebook = torch.arange(1 - levels, levels, 2, device=problem.weight.device)[:, None]
     scales = weighted_scales(problem, factors.pivots.flatten(), levels)
     rounds = []
     for _ in range(options.rounds):
-        numbers, _ = sweep(problem.weight, factors, table, scales, options.batch_columns)
-        unit = decode_stacked(numbers, table, torch.ones_like(scales))
+        numbers, _ = sweep(problem.weight, factors, codebook, scales, options.batch_columns)
+        unit = decode_stacked(numbers, codebook, torch.ones_like(scales))
         scales = stored_scales(refit_scales(problem.weight, unit, factors.damped, scales.float()))
         error = output_errors(problem.weight - unit * scales.float()[:, None], problem)
         rounds.append((float(error.sum()), numbers, scales))

@@ -1,16 +1,17 @@
 """GPTVQ-style vector quantization (arXiv 2402.15319): vectors along inputs, and nothing but diagonals of their metric.
 
-Our own code from the paper's public description. Vectors are assigned and the table is trained with the diagonal of
+Our own code from the paper's public description. Vectors are assigned and the codebook is trained with the diagonal of
 what is left of the metric at a column, 1 / [H⁻¹]_jj over the columns not yet coded; a column's error is fed to the
 columns after its vector as scalar GPTQ would, as if the columns inside a vector did not touch one another; last, the
-table is fitted to the codes. Where the released code departs from that to its own loss (the root of the weight in the
-assignment, its inverse in the k-means) this does not follow it.
+codebook is fitted to the codes. Where the released code departs from that to its own loss (the root of the weight in
+the assignment, its inverse in the k-means) this does not follow it.
 
-What is simpler than the paper: one table for all layers of a group, where the paper has one for every few thousand
-weights, at more bits a weight; a float16 scale a row, where it has 4-bit ones for blocks of a row; the table is fitted
-by conjugate gradients, which reach what its gradient descent goes towards; no low-rank coding of tables. What it gets
-that the paper does not have: row scales are refitted to the codes last, as MGVQ's and GPTQ's are here (6 % of the error
-on the built-in model's layers at 2 bits). Scales, table and codes are stored, and counted, as those of MGVQ.
+What is simpler than the paper: one codebook for all layers of a group, where the paper has one for every few thousand
+weights, at more bits a weight; a float16 scale a row, where it has 4-bit ones for blocks of a row; the codebook is
+fitted by conjugate gradients, which reach what its gradient descent goes towards; no low-rank coding of codebooks. What
+it gets that the paper does not have: row scales are refitted to the codes last, as MGVQ's and GPTQ's are here (6 % of
+the error on the built-in model's layers at 2 bits). Scales, codebook and codes are stored, and counted, as those of
+MGVQ.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolchain.quantize.baselines.refit import refit_table, sum_by_index
+from toolchain.quantize.baselines.refit import refit_codebook, sum_by_index
 from toolchain.values import VQCode
 from toolchain.vq.assign import nearest_entries
-from toolchain.vq.codebook import draw_samples, round_table, train_table
+from toolchain.vq.codebook import draw_samples, round_codebook, train_codebook
 from toolchain.vq.factor import Factors, factor_moment
 from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.solve import safe_divisor
@@ -30,7 +31,7 @@ from toolchain.vq.weights import Options, Problem, VQGroup, decode_stacked, outp
 REFIT_STEPS = 25
 
 
-def diagonal_sweep(weight: Tensor, factors: Factors, table: Tensor, scales: Tensor, batch_columns: int) -> Tensor:
+def diagonal_sweep(weight: Tensor, factors: Factors, codebook: Tensor, scales: Tensor, batch_columns: int) -> Tensor:
     """Indices uint8[m, n / V] with feedback that ignores the coupling inside a vector.
 
     With H = U D Uᵀ, U unit upper triangular and N = U⁻¹, every column p of a vector is charged with T_p − Ŵ_p, and all
@@ -39,11 +40,11 @@ def diagonal_sweep(weight: Tensor, factors: Factors, table: Tensor, scales: Tens
     Args:
         weight: float32[m, n].
         factors: of the damped second moment, with V = 1.
-        table: [2^L, V], as stored.
+        codebook: [2^L, V], as stored.
         scales: float16[m], as stored.
         batch_columns: columns a batch, a multiple of V.
     """
-    entries, row_scales = table.float(), scales.float()
+    entries, row_scales = codebook.float(), scales.float()
     vector, columns = entries.shape[1], weight.shape[1]
     identity = torch.eye(columns, device=weight.device)
     feed = torch.linalg.solve_triangular(factors.unit, identity, upper=True, unitriangular=True)
@@ -62,34 +63,36 @@ def diagonal_sweep(weight: Tensor, factors: Factors, table: Tensor, scales: Tens
     return indices
 
 
-def refitted(problem: Problem, moment: Tensor, indices: Tensor, table: Tensor, scales: Tensor) -> Tensor:
-    """float32[2^L, V]: the table refitted to these indices, in weights at unit scale."""
-    flat, vector = indices.long().flatten(), table.shape[1]
+def refitted(problem: Problem, moment: Tensor, indices: Tensor, codebook: Tensor, scales: Tensor) -> Tensor:
+    """float32[2^L, V]: the codebook refitted to these indices, in weights at unit scale."""
+    flat, vector = indices.long().flatten(), codebook.shape[1]
 
     def gather(gradient: Tensor) -> Tensor:
-        return sum_by_index((gradient * scales.float()[:, None]).reshape(-1, vector), flat, len(table))
+        return sum_by_index((gradient * scales.float()[:, None]).reshape(-1, vector), flat, len(codebook))
 
     def decode(entries: Tensor) -> Tensor:
         return decode_stacked(indices, entries, scales)
 
-    return refit_table(problem.weight, moment, table.float(), decode, gather, REFIT_STEPS)
+    return refit_codebook(problem.weight, moment, codebook.float(), decode, gather, REFIT_STEPS)
 
 
 def quantize_group(
     weights: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
 ) -> VQGroup:
-    """A table trained in the diagonal metric, one sweep with diagonal feedback, table and scales fitted to codes."""
+    """A codebook trained in the diagonal metric, one sweep with diagonal feedback, codebook and scales fitted to
+    codes.
+    """
     problem = stack_group(weights, moment, code)
     factors = factor_moment(problem.moment, problem.columns, 1, options.damping)
     start = rms_scales(problem.weight, problem.columns)
     unit = problem.weight / safe_divisor(start)[:, None]
     metrics = factors.pivots.reshape(-1, code.vector).diag_embed()
     samples = draw_samples(unit, metrics, start.square(), options.samples, generator)
-    table, cells = train_table(samples, code.entries, options.lloyd_rounds, generator)
-    stored, step = round_table(table, cells, code)
+    codebook, cells = train_codebook(samples, code.entries, options.lloyd_rounds, generator)
+    stored, step = round_codebook(codebook, cells, code)
     scales = stored_scales(start * step)
     indices = diagonal_sweep(problem.weight, factors, stored, scales, options.batch_columns)
-    fitted, factor = round_table(refitted(problem, factors.damped, indices, stored, scales), cells, code)
+    fitted, factor = round_codebook(refitted(problem, factors.damped, indices, stored, scales), cells, code)
     tried = [(stored, scales), (fitted, stored_scales(scales.float() * factor))]
     unit = decode_stacked(indices, fitted, torch.ones_like(scales))
     tried.append((fitted, stored_scales(refit_scales(problem.weight, unit, factors.damped, tried[-1][1].float()))))

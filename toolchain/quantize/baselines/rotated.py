@@ -1,7 +1,7 @@
 """Scalar GPTQ behind a rotation of its inputs, where that helps: W R is quantized for Rᵀ H R, and Ŵ is turned back.
 
 R is a block-diagonal randomized Hadamard matrix, as in QuIP# (arXiv 2402.04396) and QuaRot (arXiv 2404.00456), with the
-largest blocks that divide the columns, up to 128. It makes weights nearly Gaussian and loud columns alike.
+largest blocks that divide the columns, up to 128. It makes weights nearly Gaussian and high-energy columns alike.
 
 Rotating the activations when the model runs is counted as time alone, not as bits: its signs are drawn from a seed.
 That is another rotation than the one a checkpoint of ours can hold (`vq.rotation`), so that this method is for
@@ -70,6 +70,6 @@ def quantize_group(
 
 def _compared(group: VQGroup, decoded: list[Tensor]) -> ComparedGroup:
     """The group with these decoded weights, and the bytes of its stored form."""
-    size = group.layers[0].code.table_bytes
+    size = group.layers[0].code.codebook_bytes
     size += sum(layer.codes.numel() + layer.scales.numel() * layer.scales.element_size() for layer in group.layers)
     return ComparedGroup(tuple(decoded), group.errors, group.references, size)

@@ -1,7 +1,7 @@
 """Round to nearest: uniform symmetric levels and one searched clip a row, written exactly in the weight format.
 
-2^(k/V) levels ±1, ±3, … times half a step. The table holds every combination of V levels, so a code is V level numbers
-side by side and the decoded weight is the rounded one, bit for bit.
+2^(k/V) levels ±1, ±3, … times half a step. The codebook holds every combination of V levels, so a code is V level
+numbers side by side and the decoded weight is the rounded one, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def level_count(code: VQCode) -> int:
     return 1 << (code.shift // code.vector)
 
 
-def level_table(code: VQCode) -> Tensor:
-    """[2^L, V] in the code's table dtype: odd integers, the first weight's level number in the top bits."""
+def level_codebook(code: VQCode) -> Tensor:
+    """[2^L, V] in the code's codebook dtype: odd integers, the first weight's level number in the top bits."""
     levels = level_count(code)
     odd = torch.arange(1 - levels, levels, 2)
-    table = torch.cartesian_prod(*[odd] * code.vector)
-    return table.to(getattr(torch, code.table_dtype))
+    codebook = torch.cartesian_prod(*[odd] * code.vector)
+    return codebook.to(getattr(torch, code.codebook_dtype))
 
 
 def round_rows(weight: Tensor, scales: Tensor, levels: int) -> Tensor:
@@ -77,7 +77,7 @@ def pack_levels(problem: Problem, numbers: Tensor, scales: Tensor, code: VQCode)
     levels = level_count(code)
     places = levels ** torch.arange(code.vector - 1, -1, -1, device=numbers.device)
     indices = (numbers.reshape(len(scales), -1, code.vector) * places).sum(dim=-1).to(torch.uint8)
-    return pack_group(problem, indices, level_table(code).to(scales.device), scales, code)
+    return pack_group(problem, indices, level_codebook(code).to(scales.device), scales, code)
 
 
 def quantize_group(

@@ -1,15 +1,15 @@
 """VPTQ-style vector quantization (arXiv 2409.17066): vectors along outputs, exact scalar feedback between columns.
 
-Our own code from the paper's public description, at this project's table sizes and bits. V rows that lie next to one
+Our own code from the paper's public description, at this project's codebook sizes and bits. V rows that lie next to one
 another share one index a column, so that the metric inside a vector is diagonal and the feedback needs no blocks. The
 weight format has its vectors along inputs and cannot hold these codes: what comes back is decoded, and counted as the
 format counts its own: k bits an index, rows and columns padded alike, an entry of 4 bytes, 2 bytes of scale a row.
 
-What is simpler than the paper: no residual stage, no table of its own for outlier columns, no fine-tuning of layers or
-of the model, and tables of at most 256 entries of 4 where its 2-bit models have up to 65,536 of 8. k-means is weighted
-by the diagonal of H, as there. What it gets that the paper does not have: the table, and then the row scales, are
-fitted to the codes in the metric of the layer's output (scales: 4 % of the error on the built-in model's layers at 2
-bits), as MGVQ's are here.
+What is simpler than the paper: no residual stage, no codebook of its own for outlier columns, no fine-tuning of layers
+or of the model, and codebooks of at most 256 entries of 4 where its 2-bit models have up to 65,536 of 8. k-means is
+weighted by the diagonal of H, as there. What it gets that the paper does not have: the codebook, and then the row
+scales, are fitted to the codes in the metric of the layer's output (scales: 4 % of the error on the built-in model's
+layers at 2 bits), as MGVQ's are here.
 
 Scales belong to rows here, to columns in VPTQ's release. On the demo's layers, half-trained, at 2 bits, rows leave 0.78
 of the error that columns do (geometric mean), and no scales at all 0.92 of it.
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from toolchain.quantize.baselines.compared import ComparedGroup
-from toolchain.quantize.baselines.refit import refit_table, sum_by_index
+from toolchain.quantize.baselines.refit import refit_codebook, sum_by_index
 from toolchain.values import VQCode
-from toolchain.vq.codebook import Samples, round_table, train_table
+from toolchain.vq.codebook import Samples, round_codebook, train_codebook
 from toolchain.vq.factor import factor_moment
 from toolchain.vq.scales import refit_scales, rms_scales, stored_scales
 from toolchain.vq.solve import safe_divisor
@@ -38,9 +38,9 @@ def vectors_of(matrix: Tensor, vector: int) -> Tensor:
     return matrix.reshape(-1, vector, matrix.shape[1]).transpose(1, 2)
 
 
-def decode_columns(indices: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+def decode_columns(indices: Tensor, codebook: Tensor, scales: Tensor) -> Tensor:
     """Ŵ float32[m, n] from one index a vector, int64[m / V, n], and row scales [m]."""
-    unit = table.float()[indices].transpose(1, 2).reshape(len(scales), -1)
+    unit = codebook.float()[indices].transpose(1, 2).reshape(len(scales), -1)
     return unit * scales.float()[:, None]
 
 
@@ -60,16 +60,16 @@ def draw_columns(weight: Tensor, scales: Tensor, importance: Tensor, vector: int
     return Samples(vectors[places], worth.diag_embed())
 
 
-def column_sweep(weight: Tensor, unit: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+def column_sweep(weight: Tensor, unit: Tensor, codebook: Tensor, scales: Tensor) -> Tensor:
     """Indices int64[m / V, n]: column after column, each the nearest entries to W_k + Σ_{j<k} E_j U_jk.
 
     Args:
         weight: float32[m, n].
         unit: float32[n, n], U of the damped second moment, with V = 1.
-        table: [2^L, V], as stored.
+        codebook: [2^L, V], as stored.
         scales: float16[m], as stored.
     """
-    entries = table.float()
+    entries = codebook.float()
     groups = scales.float().reshape(-1, entries.shape[1])
     error = torch.zeros_like(weight)
     chosen = []
@@ -82,24 +82,26 @@ def column_sweep(weight: Tensor, unit: Tensor, table: Tensor, scales: Tensor) ->
     return torch.stack(chosen, dim=1)
 
 
-def refitted(weight: Tensor, moment: Tensor, indices: Tensor, table: Tensor, scales: Tensor) -> Tensor:
-    """float32[2^L, V]: the table refitted to these indices, in weights at unit scale."""
-    flat, vector = indices.flatten(), table.shape[1]
+def refitted(weight: Tensor, moment: Tensor, indices: Tensor, codebook: Tensor, scales: Tensor) -> Tensor:
+    """float32[2^L, V]: the codebook refitted to these indices, in weights at unit scale."""
+    flat, vector = indices.flatten(), codebook.shape[1]
 
     def gather(gradient: Tensor) -> Tensor:
         pulled = vectors_of(gradient * scales.float()[:, None], vector)
-        return sum_by_index(pulled.reshape(-1, vector), flat, len(table))
+        return sum_by_index(pulled.reshape(-1, vector), flat, len(codebook))
 
     def decode(entries: Tensor) -> Tensor:
         return decode_columns(indices, entries, scales)
 
-    return refit_table(weight, moment, table.float(), decode, gather, REFIT_STEPS)
+    return refit_codebook(weight, moment, codebook.float(), decode, gather, REFIT_STEPS)
 
 
 def quantize_group(
     weights: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
 ) -> ComparedGroup:
-    """A table trained with diag H as weights, one sweep over the columns, table and scales fitted to its codes."""
+    """A codebook trained with diag H as weights, one sweep over the columns, codebook and scales fitted to its
+    codes.
+    """
     padded = [F.pad(w.float(), (0, 0, 0, -len(w) % code.vector)) for w in weights]
     problem = stack_group(padded, moment, code)
     weight = problem.weight
@@ -107,11 +109,11 @@ def quantize_group(
     start = rms_scales(weight, problem.columns)
     importance = factors.damped.diagonal()
     samples = draw_columns(weight, start, importance, code.vector, options.samples, generator)
-    table, cells = train_table(samples, code.entries, options.lloyd_rounds, generator)
-    stored, step = round_table(table, cells, code)
+    codebook, cells = train_codebook(samples, code.entries, options.lloyd_rounds, generator)
+    stored, step = round_codebook(codebook, cells, code)
     scales = stored_scales(start * step)
     indices = column_sweep(weight, factors.unit, stored, scales)
-    fitted, factor = round_table(refitted(weight, factors.damped, indices, stored, scales), cells, code)
+    fitted, factor = round_codebook(refitted(weight, factors.damped, indices, stored, scales), cells, code)
     tried = [(stored, scales), (fitted, stored_scales(scales.float() * factor))]
     unit = decode_columns(indices, fitted, torch.ones_like(scales))
     tried.append((fitted, stored_scales(refit_scales(weight, unit, factors.damped, tried[-1][1].float()))))
@@ -127,5 +129,5 @@ def compared_group(problem: Problem, decoded: Tensor, rows: list[int], code: VQC
     parts = zip(decoded.split(problem.rows), error, reference, rows)
     cut = [(w[:n, : problem.columns], float(e[:n].sum()), float(r[:n].sum())) for w, e, r, n in parts]
     layers, errors, references = zip(*cut)
-    size = code.table_bytes + sum(code.codes_bytes(n, problem.columns) + 2 * n for n in rows)
+    size = code.codebook_bytes + sum(code.codes_bytes(n, problem.columns) + 2 * n for n in rows)
     return ComparedGroup(layers, errors, references, size)

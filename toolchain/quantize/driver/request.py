@@ -19,7 +19,7 @@ from toolchain.vq.weights import Options
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizationRequest:
     """What to quantize and how. `model` is full precision and is given up: the result is made in it."""
 
     model: nn.Module
@@ -56,15 +56,15 @@ class QuantizeSettings:
     answer_tokens: int = ANSWER_TOKENS
 
 
-def open_job(base: Checkpoint, settings: QuantizeSettings) -> Job:
-    """The job of a checkpoint, its model loaded, without calibration inputs yet.
+def open_request(base: Checkpoint, settings: QuantizeSettings) -> QuantizationRequest:
+    """The request of a checkpoint, its model loaded, without calibration inputs yet.
 
     Raises:
         UsageError, UnsupportedError, InputDataError: the checkpoint is quantized already, of no family known here, or
             broken.
     """
     family = family_for(base.config)
-    return Job(
+    return QuantizationRequest(
         load_model(base),
         family,
         base.config,

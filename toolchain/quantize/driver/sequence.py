@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from toolchain.checkpoint.install import install_layer, install_tables, link_shared, untie_dense
+from toolchain.checkpoint.install import install_codebooks, install_layer, link_shared, untie_dense
 from toolchain.checkpoint.modules import vq_modules
 from toolchain.errors import MgvqError
 from toolchain.files.store import ObjectStore
@@ -68,7 +68,7 @@ def quantize_in_sequence(
 ) -> tuple[LayerResult, ...]:
     """Replace every planned layer in place, in the order of the forward pass; finished groups come from the store.
 
-    Modules hold a decoded copy while this runs. Afterwards tables are stored once, ties are made, copies are gone.
+    Modules hold a decoded copy while this runs. Afterwards codebooks are stored once, ties are made, copies are gone.
     """
 
     def begin(step: Sequence[LayerSpec]) -> None:
@@ -80,7 +80,7 @@ def quantize_in_sequence(
     )
     for module in vq_modules(model).values():
         module.keep(False)
-    link_tables(model, plan)
+    link_codebooks(model, plan)
     return results
 
 
@@ -110,20 +110,20 @@ def walk_groups(
     return tuple(results)
 
 
-def stretches(
+def layer_batches(
     specs: Iterable[LayerSpec], most_bytes: int, bytes_of: Callable[[Sequence[LayerSpec]], int]
 ) -> Iterator[list[LayerSpec]]:
     """Whole groups, in order, as many at a time as their bytes together fit, one at least."""
-    stretch: list[LayerSpec] = []
+    layer_batch: list[LayerSpec] = []
     size = 0
     for members in groups_of(specs).values():
         own = bytes_of(members)
-        if stretch and size + own > most_bytes:
-            yield stretch
-            stretch, size = [], 0
-        stretch, size = [*stretch, *members], size + own
-    if stretch:
-        yield stretch
+        if layer_batch and size + own > most_bytes:
+            yield layer_batch
+            layer_batch, size = [], 0
+        layer_batch, size = [*layer_batch, *members], size + own
+    if layer_batch:
+        yield layer_batch
 
 
 def object_name(group: str) -> str:
@@ -158,7 +158,7 @@ def _one_group(
         results = _results(members, solved, time.monotonic() - began)
         return _tensors(solved, members), [asdict(result) for result in results]
 
-    tensors, results = store.made(object_name(members[0].group), make)
+    tensors, results = store.get_or_make(object_name(members[0].group), make)
     device = model.get_parameter(f"{members[0].name}.weight").device
     for spec, result in zip(members, results, strict=True):
         weights = _weights({k: t.to(device) for k, t in tensors.items()}, spec, result["code"])
@@ -180,12 +180,12 @@ def _results(members: Sequence[LayerSpec], solved: Solved, seconds: float) -> li
 
 
 def _tensors(solved: Solved, members: Sequence[LayerSpec]) -> dict[str, Tensor]:
-    """A group as the store keeps it: a table once for all layers, codes and scales a layer; of every segment."""
+    """A group as the store keeps it: a codebook once for all layers, codes and scales a layer; of every segment."""
     tensors = {}
     layers: tuple[StoredWeights, ...] = solved.group.layers
     for spec, stored in zip(members, layers, strict=True):
         for mark, piece in _marked(stored):
-            tensors[f"table{mark}"] = piece.table
+            tensors[f"codebook{mark}"] = piece.codebook
             tensors[f"{spec.name}{mark}.codes"], tensors[f"{spec.name}{mark}.scales"] = piece.codes, piece.scales
     return tensors | {f"{name}.bias": bias for name, bias in solved.biases.items()}
 
@@ -206,7 +206,7 @@ def _weights(tensors: dict[str, Tensor], spec: LayerSpec, code: str) -> StoredWe
             spec.rows,
             segment.columns,
             tensors[f"{spec.name}{mark}.codes"],
-            tensors[f"table{mark}"],
+            tensors[f"codebook{mark}"],
             tensors[f"{spec.name}{mark}.scales"],
         )
         for mark, segment in zip(marks, segments, strict=True)
@@ -235,12 +235,12 @@ def _install(
             tied.keep(True)
 
 
-def link_tables(model: nn.Module, plan: BitPlan) -> None:
-    """Store every table once, on the model's root, and hand it to the modules that share it."""
+def link_codebooks(model: nn.Module, plan: BitPlan) -> None:
+    """Store every codebook once, on the model's root, and hand it to the modules that share it."""
     pieces = [piece for layer in plan.layers for piece in layer.pieces]
-    tables = {piece.table: model.get_submodule(piece.name).table for piece in pieces}
-    install_tables(model, plan.layers)
-    model.get_submodule("mgvq_tables").load_state_dict(tables)
+    codebooks = {piece.table: model.get_submodule(piece.name).codebook for piece in pieces}
+    install_codebooks(model, plan.layers)
+    model.get_submodule("mgvq_tables").load_state_dict(codebooks)
     link_shared(model, plan.layers)
 
 

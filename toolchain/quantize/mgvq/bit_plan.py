@@ -26,21 +26,21 @@ def plan_model(run: MgvqRun, sensitivity: Sensitivity | None) -> BitPlan:
     """The plan under the request's limit, by the measured losses; one rate for all where nothing was measured."""
     if sensitivity is None:
         return plan_for_losses(run, None)
-    single = sensitivity.losses(run.job.options.modalities)
+    single = sensitivity.losses(run.request.options.modalities)
     losses = {group: one | sensitivity.segmented.get(group, {}) for group, one in single.items()}
     return plan_for_losses(run, losses)
 
 
 def plan_for_losses(run: MgvqRun, losses: Mapping[str, Mapping[str, float]] | None) -> BitPlan:
     """The plan under the request's limit for these losses, group → code or segments → loss."""
-    job = run.job
+    request = run.request
     return plan_bits(
-        job.specs,
-        kept_parameters(job.model, job.specs),
-        bits=job.bits,
-        budget_bytes=job.budget_bytes,
-        overrides=job.overrides,
+        request.specs,
+        kept_parameters(request.model, request.specs),
+        bits=request.bits,
+        budget_bytes=request.budget_bytes,
+        overrides=request.overrides,
         losses=losses,
         overlapping=run.recipe.overlap,
-        tables=run.recipe.tables,
+        codebooks=run.recipe.codebooks,
     )

@@ -1,13 +1,13 @@
 """Coordinate descent behind a gate: every matrix takes it, with S_o or with S_o = I, or keeps the sweep's codes,
 whichever loses least by gradients of pictures that none of them was fitted to (mgvq-algorithm 6, note 2c).
 
-What a matrix loses is E_b⟨G_b, E⟩² with E = W* − Ŵ (equation 16). Matrices of a group share a table, and while that
+What a matrix loses is E_b⟨G_b, E⟩² with E = W* − Ŵ (equation 16). Matrices of a group share a codebook, and while that
 stays the sweep's, codes and row scales are each matrix's own: nothing couples one's choice to another's, and the sum
-over the group is least when each term is. The table is then fitted to the codes chosen, all at once, and taken where
+over the group is least when each term is. The codebook is then fitted to the codes chosen, all at once, and taken where
 that sum falls. The cross terms ⟨G_b, E⟩⟨G'_b, E'⟩ of two matrices are left out, as they are in a block-diagonal S_o.
 
-K-segments are not mixed: a segment's table is trained on what the segments before it left, so that two ways of coding
-have no table in common from the second segment on. All matrices of such a group go the way of least sum.
+K-segments are not mixed: a segment's codebook is trained on what the segments before it left, so that two ways of
+coding have no codebook in common from the second segment on. All matrices of such a group go the way of least sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from toolchain.calibration.gradients import Probe
+from toolchain.calibration.gradients import GradientSample
 from toolchain.values import Segment, VQCode
 from toolchain.vq.descent import Descent, descend
 from toolchain.vq.factor import factor_moment
@@ -40,11 +40,11 @@ RowFactors = Sequence[Tensor | None]
 class Gate:
     """Held-out gradients, those of each layer of a group."""
 
-    probes: Sequence[Sequence[Probe]]
+    gradient_samples: Sequence[Sequence[GradientSample]]
 
     def losses(self, errors: Sequence[Tensor]) -> list[float]:
         """E_b⟨G_b, E⟩² of every layer, for E float32[m, n]."""
-        products = [[p.product(error) for p in own] for own, error in zip(self.probes, errors, strict=True)]
+        products = [[p.product(error) for p in own] for own, error in zip(self.gradient_samples, errors, strict=True)]
         return [float(torch.tensor(own, dtype=torch.float64).square().mean()) for own in products]
 
 
@@ -71,7 +71,7 @@ def gated_group(
 
     Args:
         targets: W* float32[m_i, n] of layers that read the same input.
-        generator: seeds the table; the result depends on nothing else random.
+        generator: seeds the codebook; the result depends on nothing else random.
     """
     problem = stack_group(targets, fit.moment, code, searches_paths=True)
     damped = _damped(fit, problem, code, options)
@@ -93,9 +93,9 @@ def gated_group(
         mixed = _mixed([ways[name] for name in chosen], problem.held)
         factors = [factor if name == COUPLED else None for name, factor in zip(chosen, fit.row_factors, strict=True)]
         objective = Objective.of(problem, damped, factors)
-        refitted = refit(problem, mixed, code, objective, keeps_table=code in options.tables)
+        refitted = refit(problem, mixed, code, objective, keeps_codebook=code in options.codebooks)
         best, _ = best_of([mixed, refitted], lambda found: sum(judged(found)))
-    return pack_group(problem, best.indices, best.table, best.scales, code), chosen
+    return pack_group(problem, best.indices, best.codebook, best.scales, code), chosen
 
 
 def _damped(fit: Fit, problem: Problem, code: VQCode, options: Options) -> Tensor:
@@ -108,7 +108,7 @@ def _damped(fit: Fit, problem: Problem, code: VQCode, options: Options) -> Tenso
 def _descended(
     problem: Problem, start: Solution, damped: Tensor, row_factors: RowFactors | None, code: VQCode
 ) -> Solution:
-    """The start after sweeps of descent, with its table, and scales fitted to the codes.
+    """The start after sweeps of descent, with its codebook, and scales fitted to the codes.
 
     With S_o from where S_o = I ended: in random problems of three codes and three spectra of S_o that took 2 to 12 %
     more off tr(S_o E S_i Eᵀ) than from the sweep, in every one of them.
@@ -124,11 +124,11 @@ def best_ways(losses: dict[str, list[float]]) -> tuple[str, ...]:
 
 
 def _mixed(own: Sequence[Solution], held: Sequence[int]) -> Solution:
-    """The rows of each layer from its own solution; all of them have one table."""
+    """The rows of each layer from its own solution; all of them have one codebook."""
     rows = [slice(sum(held[:i]), sum(held[: i + 1])) for i in range(len(held))]
     indices = torch.cat([found.indices[r].long() for found, r in zip(own, rows)]).to(own[0].indices.dtype)
     scales = torch.cat([found.scales[r] for found, r in zip(own, rows)])
-    return Solution(indices, own[0].table, scales, 0.0)
+    return Solution(indices, own[0].codebook, scales, 0.0)
 
 
 def gated_segments(
@@ -159,7 +159,7 @@ def gated_segments(
 
 
 def _descending(row_factors: RowFactors | None) -> Coder:
-    """Codes one segment by the sweep and descent from there, table and scales fitted."""
+    """Codes one segment by the sweep and descent from there, codebook and scales fitted."""
 
     def coder(
         targets: list[Tensor], moment: Tensor, code: VQCode, options: Options, generator: torch.Generator
@@ -167,8 +167,8 @@ def _descending(row_factors: RowFactors | None) -> Coder:
         problem = stack_group(targets, moment, code, searches_paths=True)
         swept = solve_problem(problem, code, options, generator)
         damped = factor_moment(problem.moment, problem.columns, code.vector, options.damping).damped
-        kept = code in options.tables
-        found = refine(problem, swept, code, damped, row_factors, SETTINGS, rounds=1, keeps_table=kept)
-        return pack_group(problem, found.indices, found.table, found.scales, code)
+        kept = code in options.codebooks
+        found = refine(problem, swept, code, damped, row_factors, SETTINGS, rounds=1, keeps_codebook=kept)
+        return pack_group(problem, found.indices, found.codebook, found.scales, code)
 
     return coder

@@ -7,29 +7,29 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from toolchain.calibration.activations import Survey
-from toolchain.checkpoint.permuted import deal_model
+from toolchain.checkpoint.permuted import permute_model
 from toolchain.models.configs import Config
 from toolchain.models.family import Family
-from toolchain.models.permutations import combined_energies, dealt_order
+from toolchain.models.permutations import combined_energies, interleaved
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.values import LayerSpec
 from toolchain.vq.interleave import VECTOR
 
 
 def permute_columns(run: MgvqRun, survey: Survey) -> dict[str, Tensor]:
-    """Free order → its permutation, folded into the model; none without the recipe's part."""
-    if not run.recipe.deal:
+    """Free permutation → its permutation, folded into the model; none without the recipe's part."""
+    if not run.recipe.interleave:
         return {}
-    job = run.job
-    orders = measured_orders(job.family, job.config, job.specs, survey.energies)
-    deal_model(job.model, job.family, job.config, orders)
-    return orders
+    request = run.request
+    permutations = measured_permutations(request.family, request.config, request.specs, survey.energies)
+    permute_model(request.model, request.family, request.config, permutations)
+    return permutations
 
 
-def measured_orders(
+def measured_permutations(
     family: Family, config: Config, specs: Sequence[LayerSpec], energies: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Free order → int64[size], dealt by the energies of the layers that read it.
+    """Free permutation → int64[size], interleaved by the energies of the layers that read it.
 
     An order whose unit is no multiple of VECTOR, or that only an embedding reads, is left out: those columns stay.
 
@@ -37,9 +37,9 @@ def measured_orders(
         energies: group → float32[columns], diag H.
     """
     by_layer = {spec.name: energies[spec.group] for spec in specs if spec.kind != "embedding"}
-    orders = {}
-    for free in family.free_orders(config):
+    permutations = {}
+    for free in family.free_permutations(config):
         weights = {reader: float(reader in by_layer) for reader in free.readers}
         if free.unit % VECTOR == 0 and any(weights.values()):
-            orders[free.name] = dealt_order(free, combined_energies(free, by_layer, weights), VECTOR)
-    return orders
+            permutations[free.name] = interleaved(free, combined_energies(free, by_layer, weights), VECTOR)
+    return permutations

@@ -13,10 +13,10 @@ from toolchain.vq.segments import quantize_segments
 from toolchain.vq.solve import quantize_group
 from toolchain.vq.weights import Options
 
-# Mean squared error of each code on Gaussian weights, closed chunks, measured (`vq.codebook.arrange_windows` and
-# DESIGN 3), and the memoryless code of the same vector that stands in for it in a dry run. Error after feedback goes
-# with it: on the demo model (2,4,8) over (4,8,8) was 0.68 to 0.85 where the figures say 0.84.
-STAND_INS = {2: VQCode(2, 4, 4), 4: VQCode(4, 8, 8)}
+# Mean squared error of each code on Gaussian weights, tail-biting chunks, measured (`vq.codebook.arrange_windows` and
+# DESIGN 3), and the memoryless code of the same vector that stands in for it in a proxy quantization. Error after
+# feedback goes with it: on the demo model (2,4,8) over (4,8,8) was 0.68 to 0.85 where the figures say 0.84.
+PROXY_CODES = {2: VQCode(2, 4, 4), 4: VQCode(4, 8, 8)}
 GAUSSIAN_ERROR = {
     "2,3,3": 0.2005,
     "2,4,4": 0.1082,
@@ -39,23 +39,26 @@ def quick(options: Options) -> Options:
 
 
 def expected_loss(weight: Tensor, moment: Tensor, code: str, options: Options, generator: torch.Generator) -> float:
-    """tr(E H Eᵀ) that coding W float32[m, n] leaves, from a dry run: one code's from its stand-in's, scaled."""
+    """tr(E H Eᵀ) that coding W float32[m, n] leaves, from a proxy quantization: one code's from its proxy code's,
+    scaled.
+    """
     segments = parse_format(code, weight.shape[1])
     short = quick(options)
     if len(segments) > 1:
-        return sum(dry_segments([weight], moment, code, short, generator))
-    stand_in = STAND_INS[segments[0].code.vector]
-    group = quantize_group([weight], moment, stand_in, short, generator)
-    return group.loss * GAUSSIAN_ERROR[code] / GAUSSIAN_ERROR[str(stand_in)]
+        return sum(proxy_segments([weight], moment, code, short, generator))
+    proxy_code = PROXY_CODES[segments[0].code.vector]
+    group = quantize_group([weight], moment, proxy_code, short, generator)
+    return group.loss * GAUSSIAN_ERROR[code] / GAUSSIAN_ERROR[str(proxy_code)]
 
 
-def dry_segments(
+def proxy_segments(
     weights: list[Tensor], moment: Tensor, text: str, options: Options, generator: torch.Generator
 ) -> list[float]:
     """tr(E_s' S_s E_s'ᵀ) of every segment, S damped: from a run of the segments in their own codes.
 
-    No stand-in: a table of 256 entries fits the few vectors of a narrow segment better than the figures for Gaussian
-    weights say. Of 64 columns by 64 to 3072 rows, stand-ins foretold 2.4 to 1.2 times what the codes themselves left.
+    No proxy code: a codebook of 256 entries fits the few vectors of a narrow segment better than the figures for
+    Gaussian weights say. Of 64 columns by 64 to 3072 rows, proxy codes foretold 2.4 to 1.2 times what the codes
+    themselves left.
 
     Args:
         weights, moment: columns in the order the segments have.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolchain.files.store import ObjectStore
-from toolchain.quantize.driver.request import Job
+from toolchain.quantize.driver.request import QuantizationRequest
 from toolchain.quantize.mgvq.recipe import Recipe
 from toolchain.values import SILENT, Progress
 
@@ -14,7 +14,7 @@ from toolchain.values import SILENT, Progress
 class MgvqRun:
     """A request, the parts of the method that are on, where finished pieces are kept, and who is told."""
 
-    job: Job
+    request: QuantizationRequest
     recipe: Recipe
     store: ObjectStore
     progress: Progress = SILENT
@@ -22,4 +22,4 @@ class MgvqRun:
     @property
     def has_choice(self) -> bool:
         """Whether groups may get codes of their own, and there is a limit to choose them under."""
-        return self.recipe.mix and not (self.job.bits is None and self.job.budget_bytes is None)
+        return self.recipe.mix and not (self.request.bits is None and self.request.budget_bytes is None)

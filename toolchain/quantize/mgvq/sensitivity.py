@@ -1,4 +1,6 @@
-"""Stage 3: what every group's bits are worth, by dry runs in cheap codes and by loss gradients of held-out samples."""
+"""Stage 3: what every group's bits are worth, by proxy quantizations in cheap codes and by loss gradients of
+held-out samples.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration.activations import Masses, collect_pairs
+from toolchain.calibration.activations import TokenWeights, collect_pairs
 from toolchain.calibration.gradients import (
     IMAGE,
     MODALITIES,
-    Probe,
+    GradientSample,
     answer_scores,
     collect_loss_statistics,
     lone_modality,
@@ -22,8 +24,8 @@ from toolchain.calibration.gradients import (
 )
 from toolchain.calibration.held_out import gate_samples
 from toolchain.calibration.inputs import CalibrationInput
-from toolchain.quantize.driver.sequence import group_generator, stretches
-from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, STAND_INS, quick, row_weights_of
+from toolchain.quantize.driver.sequence import group_generator, layer_batches
+from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, PROXY_CODES, quick, row_weights_of
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.values import SILENT, LayerSpec, Progress, VQCode, groups_of
 from toolchain.vq.divergence import token_divergences
@@ -42,14 +44,14 @@ RowWeights = Callable[[LayerSpec, Tensor], Tensor]
 class MeasuredGroup:
     """A group as the model has it, and the statistics that it was measured with.
 
-    weights: float32[m_i, n] a layer. moments: modality → its part of H float32[n, n]. probes: a list a layer, all of
-    the same sequences.
+    weights: float32[m_i, n] a layer. moments: modality → its part of H float32[n, n]. gradient_samples: a list a layer,
+    all of the same sequences.
     """
 
     group: str
     weights: list[Tensor]
     moments: Mapping[str, Tensor]
-    probes: Sequence[Sequence[Probe]]
+    gradient_samples: Sequence[Sequence[GradientSample]]
 
 
 # (group, nats a sequence that a relative error of 1 comes to) → what its columns lose unit by unit, JSON-clean.
@@ -58,7 +60,7 @@ UnitMeasure = Callable[[MeasuredGroup, float], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of every group coded alone, by a dry run in its most accurate stand-in.
+    """Of every group coded alone, by a proxy quantization in its most accurate proxy code.
 
     measured: group → KL(full precision ‖ model with that group coded) on the held-out samples, nats a sequence: the
         loss itself, of which ½ E⟨G, E⟩² (equation 16, `fisher`) is the second-order part.
@@ -106,17 +108,17 @@ class Sensitivity:
         return {kind: value / total if total > 0 else 1 / len(fisher) for kind, value in fisher.items()}
 
     def reference(self, group: str) -> dict[str, float]:
-        """Stand-in → local loss of the dry runs, as `local` scales them."""
+        """Proxy code → local loss of the proxy quantizations, as `local` scales them."""
         return {
-            str(stand_in): loss * GAUSSIAN_ERROR[str(stand_in)] / GAUSSIAN_ERROR[code]
+            str(proxy_code): loss * GAUSSIAN_ERROR[str(proxy_code)] / GAUSSIAN_ERROR[code]
             for code, loss in self.local[group].items()
-            for stand_in in [STAND_INS[VQCode.parse(code).vector]]
+            for proxy_code in [PROXY_CODES[VQCode.parse(code).vector]]
         }
 
 
 @dataclass(frozen=True)
-class _DryRun:
-    """Stand-in code, decoded weights of the group's layers, and the local loss (equation 15)."""
+class _Proxy:
+    """Proxy code code, decoded weights of the group's layers, and the local loss (equation 15)."""
 
     code: VQCode
     decoded: list[Tensor]
@@ -124,37 +126,37 @@ class _DryRun:
 
 
 def weigh_groups(
-    run: MgvqRun, masses: Masses, codes: Sequence[str], measure_units: UnitMeasure | None = None
+    run: MgvqRun, token_weights: TokenWeights, codes: Sequence[str], measure_units: UnitMeasure | None = None
 ) -> Sensitivity | None:
     """Losses to plan by, kept in the store; None where nothing is left to choose."""
-    job = run.job
+    request = run.request
     if not run.has_choice:
         return None
 
     def make() -> tuple[dict[str, Tensor], dict]:
         found = measure_sensitivity(
-            job.model,
-            job.inputs,
-            job.specs,
-            masses,
+            request.model,
+            request.inputs,
+            request.specs,
+            token_weights,
             codes,
-            held_out=gate_samples(job.inputs),
+            held_out=gate_samples(request.inputs),
             row_weights=row_weights_of,
             measure_units=measure_units,
-            seed=job.seed,
-            options=job.options,
+            seed=request.seed,
+            options=request.options,
             progress=run.progress,
         )
         return {}, vars(found)
 
-    return Sensitivity(**run.store.made("sensitivity", make)[1])
+    return Sensitivity(**run.store.get_or_make("sensitivity", make)[1])
 
 
 def measure_sensitivity(
     model: nn.Module,
     inputs: Sequence[CalibrationInput],
     specs: Sequence[LayerSpec],
-    masses: Masses,
+    token_weights: TokenWeights,
     codes: Sequence[str],
     *,
     held_out: Sequence[int],
@@ -165,14 +167,14 @@ def measure_sensitivity(
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Sensitivity:
-    """Local and global losses of every group, from one dry run a vector length.
+    """Local and global losses of every group, from one proxy quantization a vector length.
 
-    Layers are taken in stretches whose second moments fit STATISTICS_BYTES; each stretch costs one pass over the
-    samples a modality and `draws` backward passes over the held-out ones, and each group a forward pass over the
-    held-out ones with its dry run in place.
+    Layers are taken in layer batches whose second moments fit STATISTICS_BYTES; each layer batch costs one pass over
+    the samples a modality and `draws` backward passes over the held-out ones, and each group a forward pass over the
+    held-out ones with its proxy quantization in place.
 
     Args:
-        model: full precision, columns dealt already if they will be; every weight is put back.
+        model: full precision, columns interleaved already if they will be; every weight is put back.
         codes: what the plan will choose among.
         held_out: the samples the losses are measured on.
         row_weights: what an error in each row of a layer counts, float32[m].
@@ -184,21 +186,23 @@ def measure_sensitivity(
     with torch.inference_mode():
         expected = [answer_scores(model, one) for one in own]
     done = 0
-    for stretch in moment_stretches(specs):
-        moments = _moments(model, inputs, stretch, masses)
-        probes = collect_loss_statistics(model, own, stretch, held_out=range(len(own)), draws=draws, seed=seed).probes
-        for group, members in groups_of(stretch).items():
+    for layer_batch in moment_batches(specs):
+        moments = _moments(model, inputs, layer_batch, token_weights)
+        gradient_samples = collect_loss_statistics(
+            model, own, layer_batch, held_out=range(len(own)), draws=draws, seed=seed
+        ).gradient_samples
+        for group, members in groups_of(layer_batch).items():
             stored = [spec for spec in members if not spec.tied_to]
             given = moments.get(group) or {lone_modality(members[0]): torch.eye(stored[0].columns)}
             whole = torch.stack(list(given.values())).sum(dim=0)
-            runs = _dry_runs(model, stored, whole, codes, chosen, seed, row_weights)
+            runs = _proxies(model, stored, whole, codes, chosen, seed, row_weights)
             best = min(runs, key=lambda run: run.local)
             found.local[group] = _local_losses(runs, codes)
             found.measured[group] = _measured_loss(model, own, expected, stored, best)
-            found.fisher[group] = _fisher_loss(model, members, stored, best, probes)
-            found.modal[group] = _modal_losses(model, members, stored, best, probes, given)
+            found.fisher[group] = _fisher_loss(model, members, stored, best, gradient_samples)
+            found.modal[group] = _modal_losses(model, members, stored, best, gradient_samples, given)
             if measure_units:
-                case = MeasuredGroup(group, _weights(model, stored), given, [probes[s.name] for s in stored])
+                case = MeasuredGroup(group, _weights(model, stored), given, [gradient_samples[s.name] for s in stored])
                 total = found.measured[group] / best.local if best.local > 0 else 0.0
                 if (units := measure_units(case, total)) is not None:
                     found.units[group] = units
@@ -212,16 +216,16 @@ def _weights(model: nn.Module, stored: Sequence[LayerSpec]) -> list[Tensor]:
 
 
 def _moments(
-    model: nn.Module, inputs: Sequence[CalibrationInput], stretch: Sequence[LayerSpec], masses: Masses
+    model: nn.Module, inputs: Sequence[CalibrationInput], layer_batch: Sequence[LayerSpec], token_weights: TokenWeights
 ) -> dict[str, dict[str, Tensor]]:
     """Group → modality → its part of the second moment, float32[n, n]: the parts add up to H."""
     found: dict[str, dict[str, Tensor]] = {}
-    linears = [spec for spec in stretch if spec.kind != "embedding"]
+    linears = [spec for spec in layer_batch if spec.kind != "embedding"]
     for kind in MODALITIES:
         parts = {
             spec.group: [
-                mass * _belongs(spec, len(mass), one, kind).to(mass)
-                for mass, one in zip(masses[spec.group], inputs, strict=True)
+                token_weight * _belongs(spec, len(token_weight), one, kind).to(token_weight)
+                for token_weight, one in zip(token_weights[spec.group], inputs, strict=True)
             ]
             for spec in linears
         }
@@ -240,12 +244,12 @@ def _belongs(spec: LayerSpec, tokens: int, one: CalibrationInput, kind: str) -> 
     return marks if kind == IMAGE else ~marks
 
 
-def moment_stretches(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
+def moment_batches(specs: Sequence[LayerSpec]) -> Iterator[list[LayerSpec]]:
     """Whole groups, in order, while their second moments fit STATISTICS_BYTES."""
-    return stretches(specs, STATISTICS_BYTES, lambda members: 4 * members[0].columns ** 2)
+    return layer_batches(specs, STATISTICS_BYTES, lambda members: 4 * members[0].columns ** 2)
 
 
-def _dry_runs(
+def _proxies(
     model: nn.Module,
     stored: Sequence[LayerSpec],
     moment: Tensor,
@@ -253,18 +257,18 @@ def _dry_runs(
     options: Options,
     seed: int,
     row_weights: RowWeights,
-) -> list[_DryRun]:
+) -> list[_Proxy]:
     """One for every vector length among the codes."""
     weights = _weights(model, stored)
     counts = [row_weights(spec, w) for spec, w in zip(stored, weights)]
     runs = []
     for vector in sorted({VQCode.parse(code).vector for code in codes}):
         generator = group_generator(seed, stored[0].group)
-        group = quantize_group(weights, moment, STAND_INS[vector], options, generator, counts)
+        group = quantize_group(weights, moment, PROXY_CODES[vector], options, generator, counts)
         decoded = [layer.decode().to(w) for layer, w in zip(group.layers, weights)]
         reference = sum(weighted_error(w, moment, r) for w, r in zip(weights, counts))
         lost = sum(weighted_error(w - d, moment, r) for w, d, r in zip(weights, decoded, counts))
-        runs.append(_DryRun(STAND_INS[vector], decoded, lost / reference if reference > 0 else 0.0))
+        runs.append(_Proxy(PROXY_CODES[vector], decoded, lost / reference if reference > 0 else 0.0))
     return runs
 
 
@@ -274,8 +278,8 @@ def weighted_error(difference: Tensor, moment: Tensor, row_weights: Tensor) -> f
     return float((rows * row_weights).sum())
 
 
-def _local_losses(runs: Sequence[_DryRun], codes: Sequence[str]) -> dict[str, float]:
-    """Code → local loss, the dry run's of the same vector length scaled by the codes' Gaussian errors."""
+def _local_losses(runs: Sequence[_Proxy], codes: Sequence[str]) -> dict[str, float]:
+    """Code → local loss, the proxy quantization's of the same vector length scaled by the codes' Gaussian errors."""
     by_vector = {run.code.vector: run.local / GAUSSIAN_ERROR[str(run.code)] for run in runs}
     return {code: by_vector[VQCode.parse(code).vector] * GAUSSIAN_ERROR[code] for code in codes}
 
@@ -285,9 +289,9 @@ def _measured_loss(
     own: Sequence[CalibrationInput],
     expected: Sequence[Tensor],
     stored: Sequence[LayerSpec],
-    run: _DryRun,
+    run: _Proxy,
 ) -> float:
-    """KL(full precision ‖ model with the dry run in place), nats a sequence; the weights are put back."""
+    """KL(full precision ‖ model with the proxy quantization in place), nats a sequence; the weights are put back."""
     parameters = [model.get_parameter(f"{spec.name}.weight") for spec in stored]
     kept = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -306,19 +310,22 @@ def _modal_losses(
     model: nn.Module,
     members: Sequence[LayerSpec],
     stored: Sequence[LayerSpec],
-    run: _DryRun,
-    probes: Mapping[str, list[Probe]],
+    run: _Proxy,
+    gradient_samples: Mapping[str, list[GradientSample]],
     moments: Mapping[str, Tensor],
 ) -> dict[str, dict[str, float]]:
-    """Modality → {"local", "fisher"} of the dry run: what it costs that modality's tokens."""
+    """Modality → {"local", "fisher"} of the proxy quantization: what it costs that modality's tokens."""
     weights = _weights(model, stored)
     found = {}
     for kind, moment in moments.items():
         ones = [torch.ones(len(w), device=w.device) for w in weights]
         whole = sum(weighted_error(w, moment, r) for w, r in zip(weights, ones))
         lost = sum(weighted_error(w - d, moment, r) for w, d, r in zip(weights, run.decoded, ones))
-        own = {name: [of_modality(probe, kind) for probe in given] for name, given in probes.items()}
-        kept = own if len(moments) > 1 else probes
+        own = {
+            name: [of_modality(gradient_sample, kind) for gradient_sample in given]
+            for name, given in gradient_samples.items()
+        }
+        kept = own if len(moments) > 1 else gradient_samples
         found[kind] = {
             "local": lost / whole if whole > 0 else 0.0,
             "fisher": _fisher_loss(model, members, stored, run, kept),
@@ -330,8 +337,8 @@ def _fisher_loss(
     model: nn.Module,
     members: Sequence[LayerSpec],
     stored: Sequence[LayerSpec],
-    run: _DryRun,
-    probes: Mapping[str, list[Probe]],
+    run: _Proxy,
+    gradient_samples: Mapping[str, list[GradientSample]],
 ) -> float:
     """½ E_b⟨G_b, E⟩² over the held-out gradients; a tied head adds its own to those of its embedding."""
     error = {
@@ -340,8 +347,11 @@ def _fisher_loss(
     }
     error |= {spec.name: error[spec.tied_to] for spec in members if spec.tied_to}
     products = [
-        torch.tensor([probe.product(error[spec.name]) for probe in probes[spec.name]], dtype=torch.float64)
+        torch.tensor(
+            [gradient_sample.product(error[spec.name]) for gradient_sample in gradient_samples[spec.name]],
+            dtype=torch.float64,
+        )
         for spec in members
-        if probes.get(spec.name)
+        if gradient_samples.get(spec.name)
     ]
     return 0.5 * float(torch.stack(products).sum(dim=0).square().mean()) if products else 0.0

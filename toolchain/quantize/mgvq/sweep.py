@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration.activations import Masses, collect_pairs
+from toolchain.calibration.activations import TokenWeights, collect_pairs
 from toolchain.calibration.gradients import ROWS_UP_TO, LossStatistics, collect_loss_statistics
 from toolchain.calibration.held_out import gate_samples
 from toolchain.calibration.moments import tied_moment
-from toolchain.quantize.driver.request import Job
+from toolchain.quantize.driver.request import QuantizationRequest
 from toolchain.quantize.driver.sequence import LayerResult, Solved, planned_code, quantize_in_sequence
 from toolchain.quantize.mgvq.descent import Fit, Gate, gated_group, gated_segments
 from toolchain.quantize.mgvq.proxy import expected_loss, row_weights_of
@@ -25,7 +25,7 @@ from toolchain.vq.curvature import damp, unit_mean
 from toolchain.vq.drift import PairMoments, gated_shift
 from toolchain.vq.segments import quantize_segments
 from toolchain.vq.solve import quantize_group
-from toolchain.vq.weights import FixedTable, Options, SegmentedGroup, StoredWeights, VQGroup
+from toolchain.vq.weights import FixedCodebook, Options, SegmentedGroup, StoredWeights, VQGroup
 
 ROW_DAMPING = 0.1  # of S_o, which few samples know: heavy damping turns it into I
 
@@ -42,26 +42,27 @@ def group_moment(spec: LayerSpec, pairs: PairMoments | None) -> Tensor:
     if spec.kind == "embedding":
         return torch.eye(spec.columns) if pairs is None else tied_moment(pairs.whole.moment)
     assert pairs is not None
-    return pairs.whole.moment / pairs.whole.mass
+    return pairs.whole.moment / pairs.whole.token_weight
 
 
 class DriftSolver:
     """Codes groups for the inputs that the quantized prefix gives, against what full precision would have put out.
 
-    `tables` are those that groups share, by the plan's table id, beside the ones that the job's options give by code.
+    `codebooks` are those that groups share, by the plan's codebook id, beside the ones that the request's options give
+    by code.
     """
 
     def __init__(
         self,
-        job: Job,
+        request: QuantizationRequest,
         recipe: Recipe,
         plan: BitPlan,
         full: nn.Module,
-        masses: Masses,
-        tables: Mapping[str, FixedTable] | None = None,
+        token_weights: TokenWeights,
+        codebooks: Mapping[str, FixedCodebook] | None = None,
     ) -> None:
-        self.job, self.recipe, self.plan, self.full, self.masses = job, recipe, plan, full, masses
-        self.tables = tables or {}
+        self.request, self.recipe, self.plan, self.full, self.token_weights = request, recipe, plan, full, token_weights
+        self.codebooks = codebooks or {}
         self.pairs: dict[str, PairMoments] = {}
         self.fitted: dict[str, Tensor] = {}  # group → S_i of the pictures that the gate does not hold out
         self.statistics = LossStatistics()
@@ -69,31 +70,31 @@ class DriftSolver:
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:
         self.pairs, self.fitted, self.statistics = {}, {}, LossStatistics()  # the last step's must not lie beside these
         groups = {spec.group for spec in step}
-        asked = [spec for spec in self.job.specs if spec.group in groups and spec.kind != "embedding"]
-        apart = gate_samples(self.job.inputs) if self.recipe.descent else []
+        asked = [spec for spec in self.request.specs if spec.group in groups and spec.kind != "embedding"]
+        apart = gate_samples(self.request.inputs) if self.recipe.descent else []
         if apart and asked:
             self.fitted = self._fitted_moments(model, asked, set(apart))
         full = self.full if self.recipe.drift else None
-        self.pairs = collect_pairs(model, full, self.job.inputs, asked, self.masses) if asked else {}
+        self.pairs = collect_pairs(model, full, self.request.inputs, asked, self.token_weights) if asked else {}
         if self.recipe.descent and asked:
             self.statistics = collect_loss_statistics(
                 self.full,
-                self.job.inputs,
+                self.request.inputs,
                 asked,
                 held_out=apart,
                 rows_up_to=ROWS_UP_TO if self.recipe.fisher else 0,
                 draws=2,
-                seed=self.job.seed,
+                seed=self.request.seed,
             )
 
     def _fitted_moments(self, model: nn.Module, asked: Sequence[LayerSpec], apart: set[int]) -> dict[str, Tensor]:
         """Group → S_i float32[n, n] without the samples `apart`; none where that leaves no sample."""
-        fit = [number for number in range(len(self.job.inputs)) if number not in apart]
+        fit = [number for number in range(len(self.request.inputs)) if number not in apart]
         if not fit:
             return {}
-        masses = {spec.group: [self.masses[spec.group][number] for number in fit] for spec in asked}
-        pairs = collect_pairs(model, None, [self.job.inputs[number] for number in fit], asked, masses)
-        return {group: pair.whole.moment / pair.whole.mass for group, pair in pairs.items()}
+        token_weights = {spec.group: [self.token_weights[spec.group][number] for number in fit] for spec in asked}
+        pairs = collect_pairs(model, None, [self.request.inputs[number] for number in fit], asked, token_weights)
+        return {group: pair.whole.moment / pair.whole.token_weight for group, pair in pairs.items()}
 
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator
@@ -116,9 +117,11 @@ class DriftSolver:
         return Solved(group, ways, self._biases(model, members, weights, group, pairs), shift.step)
 
     def _options(self, spec: LayerSpec) -> Options:
-        """The job's, with the tables that a layer shares with others."""
-        shared = {p.vq_code: self.tables[p.table] for p in self.plan.layer(spec.name).pieces if p.table in self.tables}
-        return replace(self.job.options, tables={**self.job.options.tables, **shared})
+        """The request's, with the codebooks that a layer shares with others."""
+        shared = {
+            p.vq_code: self.codebooks[p.table] for p in self.plan.layer(spec.name).pieces if p.table in self.codebooks
+        }
+        return replace(self.request.options, codebooks={**self.request.options.codebooks, **shared})
 
     def _coded(
         self,
@@ -136,7 +139,7 @@ class DriftSolver:
                 return quantize_segments(targets, moment, segments, options, generator), ()
             return quantize_group(targets, moment, segments[0].code, options, generator), ()
         fit = Fit(moment, self.fitted.get(members[0].group, moment), [self._row_factor(spec) for spec in members])
-        gate = Gate([self.statistics.probes[spec.name] for spec in members])
+        gate = Gate([self.statistics.gradient_samples[spec.name] for spec in members])
         if len(segments) > 1:
             return gated_segments(targets, fit, gate, segments, options, lambda: forked(generator))
         return gated_group(targets, fit, gate, segments[0].code, options, generator)
@@ -149,7 +152,7 @@ class DriftSolver:
     def _expected_error(
         self, weight: Tensor, moment: Tensor, code: str, options: Options, generator: torch.Generator
     ) -> float:
-        """tr(E H Eᵀ) that coding without a shift would leave, from a dry run in the code's stand-in."""
+        """tr(E H Eᵀ) that coding without a shift would leave, from a proxy quantization in the code's proxy code."""
         return expected_loss(weight, moment, code, options, forked(generator))
 
     def _biases(
@@ -163,26 +166,28 @@ class DriftSolver:
         """b + E[W x_f − Ŵ x_q] of the layers that have a bias (mgvq-algorithm 4.6)."""
         if not self.recipe.bias:
             return {}
-        full_mean, mean = (m / pairs.whole.mass for m in (pairs.whole.full_mean, pairs.whole.mean))
+        full_mean, mean = (m / pairs.whole.token_weight for m in (pairs.whole.full_mean, pairs.whole.mean))
         found = {}
         layers: tuple[StoredWeights, ...] = group.layers
         for spec, weight, stored in zip(members, weights, layers):
             bias = getattr(model.get_submodule(spec.name), "bias", None)
             if bias is not None:
                 corrected = bias.detach().float() + weight @ full_mean - stored.decode().to(weight) @ mean
-                found[spec.name] = corrected.to(self.job.kept_dtype).float()
+                found[spec.name] = corrected.to(self.request.kept_dtype).float()
         return found
 
 
 def sweep_model(
-    run: MgvqRun, plan: BitPlan, masses: Masses, tables: Mapping[str, FixedTable]
+    run: MgvqRun, plan: BitPlan, token_weights: TokenWeights, codebooks: Mapping[str, FixedCodebook]
 ) -> tuple[nn.Module, tuple[LayerResult, ...]]:
     """(the quantized model, how its layers came out); the request's model stays as it is.
 
     Args:
-        tables: those that groups share, by the plan's table id.
+        codebooks: those that groups share, by the plan's codebook id.
     """
-    job = run.job
-    quantized = copy.deepcopy(job.model)
-    solver = DriftSolver(job, run.recipe, plan, job.model, masses, tables)
-    return quantized, quantize_in_sequence(quantized, job.specs, plan, solver, run.store, job.seed, run.progress)
+    request = run.request
+    quantized = copy.deepcopy(request.model)
+    solver = DriftSolver(request, run.recipe, plan, request.model, token_weights, codebooks)
+    return quantized, quantize_in_sequence(
+        quantized, request.specs, plan, solver, run.store, request.seed, run.progress
+    )

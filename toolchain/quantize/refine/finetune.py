@@ -1,4 +1,4 @@
-"""Fine-tuning of what stays continuous after quantization: tables, row scales, norms and biases; the codes stay.
+"""Fine-tuning of what stays continuous after quantization: codebooks, row scales, norms and biases; the codes stay.
 
 KL(full precision ‖ quantized) is followed end to end (mgvq-algorithm.md 4.6; as VPTQ does, Liu et al. 2024). Every
 value is rounded to what is stored before it is used, gradients go straight through, so nothing changes on storing.
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration.held_out import mending_split
+from toolchain.calibration.held_out import refinement_split
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.checkpoint.modules import keep_decoded, vq_modules
 from toolchain.errors import InputDataError, NumericGateError, UsageError
 from toolchain.quantize.refine.finetune_loss import Target, sample_loss, teacher_target, text_scores
-from toolchain.quantize.refine.finetune_settings import TuneSettings, rates
+from toolchain.quantize.refine.finetune_settings import FineTuneSettings, rates
 from toolchain.quantize.refine.finetune_state import run_mark
 from toolchain.quantize.refine.lookup import Offsets, TunedWeights
 from toolchain.values import SILENT, Progress
 
 
 @dataclass(frozen=True)
-class TuneResult:
+class FineTuneResult:
     """What fine-tuning did. Losses and divergences are nats an answer token, on the held-out pictures.
 
     loss_before, loss_after: what was minimised, which chose the best state. before, after: the answers' KL alone.
@@ -69,7 +69,7 @@ class _Run:
     targets: list[Target]
     train: list[int]
     held: list[int]
-    settings: TuneSettings
+    settings: FineTuneSettings
     tuned: TunedWeights
     optimizer: torch.optim.Adam
     now: _State
@@ -93,13 +93,13 @@ def fine_tune(
     model: nn.Module,
     teacher: nn.Module,
     inputs: Sequence[CalibrationInput],
-    settings: TuneSettings,
+    settings: FineTuneSettings,
     *,
     progress: Progress = SILENT,
     save: Callable[[dict[str, Any]], None] | None = None,
     resume: dict[str, Any] | None = None,
-) -> TuneResult:
-    """Train a quantized model's tables, scales, norms and biases in place, and tell how far it came.
+) -> FineTuneResult:
+    """Train a quantized model's codebooks, scales, norms and biases in place, and tell how far it came.
 
     The best state on held-out pictures is kept; where none is better than the start, the model stays what it was. Same
     seed, inputs, machine and threads: same bytes, whether the run was interrupted or not.
@@ -121,9 +121,9 @@ def fine_tune(
     if not vq_modules(model):
         raise UsageError("fine-tuning: expected a quantized model, found no quantized layer in it; quantize it first")
     targets = [teacher_target(teacher, one, settings) for one in inputs]
-    train, held, pictures = mending_split(inputs)
+    train, held, pictures = refinement_split(inputs)
     with _tunable(model, settings) as tuned:
-        groups = [{"params": list(tuned.offsets[kind].values())} for kind in ("tables", "scales", "kept")]
+        groups = [{"params": list(tuned.offsets[kind].values())} for kind in ("codebooks", "scales", "kept")]
         run = _Run(model, inputs, targets, train, held, settings, tuned, torch.optim.Adam(groups), _State())
         mark = run_mark(inputs, tuned, train, settings)
         with keep_decoded(model):
@@ -142,7 +142,7 @@ def fine_tune(
     if now.best is not None:
         tuned.store(now.best)
     after = now.best_answer if now.best is not None else before
-    return TuneResult(
+    return FineTuneResult(
         loss_before=loss_before,
         loss_after=min(now.history),
         before=before,
@@ -157,7 +157,7 @@ def fine_tune(
 
 
 @contextmanager
-def _tunable(model: nn.Module, settings: TuneSettings) -> Iterator[TunedWeights]:
+def _tunable(model: nn.Module, settings: FineTuneSettings) -> Iterator[TunedWeights]:
     """The model's continuous values, to be moved; the model is as it was when the context ends, however it ends."""
     tuned = TunedWeights(model, settings.kept_dtype)
     try:
@@ -200,7 +200,7 @@ def _step(run: _Run) -> None:
         total += float(loss.detach())
     if not math.isfinite(total):
         raise NumericGateError(
-            f"fine-tuning, step {run.now.step + 1}: expected a finite loss, found {total}; lower table_rate, "
+            f"fine-tuning, step {run.now.step + 1}: expected a finite loss, found {total}; lower codebook_rate, "
             "scale_rate and kept_rate, or compute in float32"
         )
     run.tuned.backward()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.errors import NumericGateError
-from toolchain.quantize.refine.finetune_settings import TuneSettings
+from toolchain.quantize.refine.finetune_settings import FineTuneSettings
 from toolchain.vq.divergence import log_probabilities, token_divergences
 
 
@@ -35,7 +35,7 @@ def text_scores(model: nn.Module, one: CalibrationInput, tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_target(teacher: nn.Module, one: CalibrationInput, settings: TuneSettings) -> Target:
+def teacher_target(teacher: nn.Module, one: CalibrationInput, settings: FineTuneSettings) -> Target:
     """What the teacher says at a sample's answer, or at the next token without one, and at the text before it.
 
     Raises:
@@ -50,7 +50,7 @@ def teacher_target(teacher: nn.Module, one: CalibrationInput, settings: TuneSett
     return Target(found, max(one.answer_tokens, 1))
 
 
-def sample_loss(expected: Tensor, found: Tensor, answer: int, settings: TuneSettings) -> tuple[Tensor, Tensor]:
+def sample_loss(expected: Tensor, found: Tensor, answer: int, settings: FineTuneSettings) -> tuple[Tensor, Tensor]:
     """(the loss, the answer's KL at temperature 1), both summed over the answer's tokens, nats.
 
     The loss is τ² (Σ_answer KL + text_weight · answer tokens · mean KL over the text after the picture), with both

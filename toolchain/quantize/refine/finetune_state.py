@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from toolchain.calibration.inputs import CalibrationInput
-from toolchain.quantize.refine.finetune_settings import TuneSettings
+from toolchain.quantize.refine.finetune_settings import FineTuneSettings
 from toolchain.quantize.refine.lookup import TunedWeights
 
 TENSOR, PAIRS = "tensor", "pairs"  # how a tensor and a dict are written in the JSON value
 
 
 def run_mark(
-    inputs: Sequence[CalibrationInput], tuned: TunedWeights, train: Sequence[int], settings: TuneSettings
+    inputs: Sequence[CalibrationInput], tuned: TunedWeights, train: Sequence[int], settings: FineTuneSettings
 ) -> str:
     """SHA-256 of what must be equal for one run to go on with another's state: settings, seed, samples and how they
     are parted, and everything the model stored when the run began. The teacher is not in it: the samples stand for it.

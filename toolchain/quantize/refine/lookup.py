@@ -1,4 +1,4 @@
-"""Decoding that can be differentiated: gradients of tables and row scales for codes that stay as they are."""
+"""Decoding that can be differentiated: gradients of codebooks and row scales for codes that stay as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INT8_LIMIT = 127
 
 
 def lookup_indices(module: VQModule) -> Tensor:
-    """Table index of every lookup, [rows, ⌈columns / V⌉]: uint8 for up to 256 entries, int16 above.
+    """Codebook index of every lookup, [rows, ⌈columns / V⌉]: uint8 for up to 256 entries, int16 above.
 
     Unpacked once, because a step of fine-tuning decodes every weight and the codes never change.
     """
@@ -26,15 +26,15 @@ def lookup_indices(module: VQModule) -> Tensor:
     return matrix[: module.rows, : -(-module.columns // code.vector)].to(narrow)
 
 
-def scaled_lookup(table: Tensor, scales: Tensor, indices: Tensor, columns: int) -> Tensor:
+def scaled_lookup(codebook: Tensor, scales: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Ŵ float32[rows, columns] = scale · entry, equal to `modules.decode_weight` bit for bit; differentiable.
 
     Args:
-        table: float32[entries, V].
+        codebook: float32[entries, V].
         scales: float32[rows].
         indices: integers [rows, ⌈columns / V⌉], see `lookup_indices`.
     """
-    return _ScaledLookup.apply(table, scales, indices, columns)
+    return _ScaledLookup.apply(codebook, scales, indices, columns)
 
 
 class _ScaledLookup(torch.autograd.Function):
@@ -43,25 +43,30 @@ class _ScaledLookup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, scales: Tensor, indices: Tensor, columns: int) -> Tensor:
-        ctx.save_for_backward(table, scales, indices)
-        return _entries(table, indices, columns) * scales[:, None]
+    def forward(ctx: Any, codebook: Tensor, scales: Tensor, indices: Tensor, columns: int) -> Tensor:
+        ctx.save_for_backward(codebook, scales, indices)
+        return _entries(codebook, indices, columns) * scales[:, None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        table, scales, indices = ctx.saved_tensors
+        codebook, scales, indices = ctx.saved_tensors
         gradient = gradients[0]
-        by_scale = (gradient * _entries(table, indices, gradient.shape[1])).sum(dim=1)
+        by_scale = (gradient * _entries(codebook, indices, gradient.shape[1])).sum(dim=1)
         blocks = gradient * scales[:, None]
-        missing = indices.shape[1] * table.shape[1] - gradient.shape[1]
+        missing = indices.shape[1] * codebook.shape[1] - gradient.shape[1]
         if missing:
             blocks = torch.nn.functional.pad(blocks, (0, missing))
-        return sum_by_entry(blocks.reshape(-1, table.shape[1]), indices.reshape(-1), len(table)), by_scale, None, None
+        return (
+            sum_by_entry(blocks.reshape(-1, codebook.shape[1]), indices.reshape(-1), len(codebook)),
+            by_scale,
+            None,
+            None,
+        )
 
 
-def _entries(table: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """float32[rows, columns]: the table's entries, side by side."""
-    found = torch.nn.functional.embedding(indices.int(), table)
+def _entries(codebook: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """float32[rows, columns]: the codebook's entries, side by side."""
+    found = torch.nn.functional.embedding(indices.int(), codebook)
     return found.reshape(indices.shape[0], -1)[:, :columns]
 
 
@@ -79,7 +84,7 @@ def sum_by_entry(blocks: Tensor, indices: Tensor, entries: int) -> Tensor:
     return total.index_add_(0, where, blocks)
 
 
-def through(exact: Tensor, stored: Tensor) -> Tensor:
+def straight_through(exact: Tensor, stored: Tensor) -> Tensor:
     """`stored`, bit for bit, with the gradient going to `exact` as if nothing had been rounded (straight-through)."""
     return _Through.apply(exact, stored)
 
@@ -94,20 +99,20 @@ class _Through(torch.autograd.Function):
         return gradients[0], None
 
 
-def rounded_table(exact: Tensor, code: VQCode) -> Tensor:
-    """The table float32[entries, V] as the format stores it: whole numbers within ±127, or float16 values.
+def rounded_codebook(exact: Tensor, code: VQCode) -> Tensor:
+    """The codebook float32[entries, V] as the format stores it: whole numbers within ±127, or float16 values.
 
     An entry beyond ±127 gets no gradient, so that it does not wander off.
     """
-    if code.table_dtype == "int8":
+    if code.codebook_dtype == "int8":
         held = exact.clamp(-INT8_LIMIT, INT8_LIMIT)
-        return through(held, held.detach().round())
+        return straight_through(held, held.detach().round())
     return rounded_to(exact, torch.float16)
 
 
 def rounded_to(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 values a tensor of `dtype` can hold, nearest to the exact ones."""
-    return through(exact, exact.detach().to(dtype).float())
+    return straight_through(exact, exact.detach().to(dtype).float())
 
 
 # Norms are about 1 and most biases less; a value at zero would otherwise never move.
@@ -119,10 +124,11 @@ Offsets = dict[str, dict[str, Tensor]]
 class TunedWeights:
     """The continuous values of a quantized model as functions of offsets, all zero at the start.
 
-    table = start + rms · offset, scale = start · exp(offset), kept value = start + max(rms, 0.1) · offset: a learning
-    rate is thus a relative step for every tensor, scales cannot change sign, and a scale of 0 stays 0.
+    codebook = start + rms · offset, scale = start · exp(offset), kept value = start + max(rms, 0.1) · offset: a
+    learning rate is thus a relative step for every tensor, scales cannot change sign, and a scale of 0 stays 0.
 
-    `offsets` maps "tables" (by table id), "scales" and "kept" (by name) to float32 leaves that want gradients. Kept are
+    `offsets` maps "codebooks" (by codebook id), "scales" and "kept" (by name) to float32 leaves that want gradients.
+    Kept are
     the parameters of one dimension: norm weights, and the biases of norms and linears.
     """
 
@@ -130,11 +136,11 @@ class TunedWeights:
         self.model, self.kept_dtype = model, kept_dtype
         self.modules = {name: m for name, m in vq_modules(model).items() if not m._tied_to}
         self.tied = [m for m in vq_modules(model).values() if m._tied_to]
-        self.codes = {m.table_id: m.code for m in self.modules.values()}
+        self.codes = {m.codebook_id: m.code for m in self.modules.values()}
         self.indices = {name: lookup_indices(m) for name, m in self.modules.items()}
         self.kept = {name: p for name, p in model.named_parameters() if p.ndim == 1}
         self.start: Offsets = {
-            "tables": {m.table_id: m.table.float() for m in self.modules.values()},
+            "codebooks": {m.codebook_id: m.codebook.float() for m in self.modules.values()},
             "scales": {name: m.scales.float() for name, m in self.modules.items()},
             "kept": {name: p.detach().clone() for name, p in self.kept.items()},
         }
@@ -149,16 +155,16 @@ class TunedWeights:
     def values(self, offsets: Offsets) -> Offsets:
         """float32 values as they are stored, differentiable in the offsets."""
         start = self.start
-        tables = {
-            name: rounded_table(start["tables"][name] + _rms(start["tables"][name]) * x, self.codes[name])
-            for name, x in offsets["tables"].items()
+        codebooks = {
+            name: rounded_codebook(start["codebooks"][name] + _rms(start["codebooks"][name]) * x, self.codes[name])
+            for name, x in offsets["codebooks"].items()
         }
         scales = {n: rounded_to(start["scales"][n] * x.exp(), torch.float16) for n, x in offsets["scales"].items()}
         kept = {}
         for name, x in offsets["kept"].items():
             begin = start["kept"][name].float()
             kept[name] = rounded_to(begin + _rms(begin).clamp(min=SMALLEST_SIZE) * x, self.kept_dtype)
-        return {"tables": tables, "scales": scales, "kept": kept}
+        return {"codebooks": codebooks, "scales": scales, "kept": kept}
 
     def install(self) -> None:
         """Put the values of the offsets into the model as dense leaves, whose gradients add up until `backward`."""
@@ -167,8 +173,8 @@ class TunedWeights:
         for parameter in self._before:
             parameter.requires_grad_(False)
         for name, module in self.modules.items():
-            table, scales = values["tables"][module.table_id], values["scales"][name]
-            weight = scaled_lookup(table, scales, self.indices[name], module.columns)
+            codebook, scales = values["codebooks"][module.codebook_id], values["scales"][name]
+            weight = scaled_lookup(codebook, scales, self.indices[name], module.columns)
             module._decoded = weight.detach().to(module.compute_dtype).requires_grad_()
             self._pairs.append((weight, module._decoded))
         for module in self.tied:
@@ -202,7 +208,7 @@ class TunedWeights:
         """Write the values of `offsets` into the model's buffers and parameters, in place: shared stays shared."""
         values = self.values(offsets)
         for name, module in self.modules.items():
-            module.table.copy_(values["tables"][module.table_id])
+            module.codebook.copy_(values["codebooks"][module.codebook_id])
             module.scales.copy_(values["scales"][name])
         for name, parameter in self.kept.items():
             parameter.copy_(values["kept"][name])

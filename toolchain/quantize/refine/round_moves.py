@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from toolchain.checkpoint.install import TABLES, link_shared
+from toolchain.checkpoint.install import CODEBOOKS, link_shared
 from toolchain.checkpoint.modules import VQModule, chunk_windows, vq_modules
 from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR
 from toolchain.values import CHUNK_ROWS, BitPlan, VQCode
@@ -23,13 +23,13 @@ from toolchain.vq.solve import Solution
 from toolchain.vq.weights import Problem, VQWeights, pack_group, stack_group
 
 CAP_TRIES = 6  # the least gain of a change is raised so often to stay under the cap
-STRETCH_BYTES = 8 << 30  # of statistics held at a time: those of about one block of a 7B model
+BATCH_BYTES = 8 << 30  # of statistics held at a time: those of about one block of a 7B model
 
 
 @dataclass(frozen=True)
 class RoundOptions:
     """What a round may do. `dampings` are of (S_o, S_i) in the Newton step, shares of the mean diagonals. Refits
-    leave a table that several groups use as it is, and with `keeps_tables` every one.
+    leave a codebook that several groups use as it is, and with `keeps_codebook` every one.
     """
 
     steps: tuple[float, ...] = (0.1, 0.2, 0.4, 1.0)
@@ -37,9 +37,9 @@ class RoundOptions:
     cap: float = 0.05  # of a group's codes that may change
     moment_damping: float = 0.01  # of S_i in the objective, as in the sweep
     refits: bool = True
-    keeps_tables: bool = False
+    keeps_codebook: bool = False
     descent: Descent = field(default_factory=lambda: Descent(sweeps=1))
-    stretch_bytes: int = STRETCH_BYTES  # changes what is held at a time and how often inputs pass, no result
+    batch_bytes: int = BATCH_BYTES  # changes what is held at a time and how often inputs pass, no result
 
 
 def stored_weights(model: nn.Module, names: Sequence[str]) -> dict[str, VQWeights]:
@@ -49,22 +49,22 @@ def stored_weights(model: nn.Module, names: Sequence[str]) -> dict[str, VQWeight
     for name in names:
         module = modules[name]
         found[name] = VQWeights(
-            module.code, module.rows, module.columns, module.codes, module.table.clone(), module.scales
+            module.code, module.rows, module.columns, module.codes, module.codebook.clone(), module.scales
         )
     return found
 
 
 def store_weights(model: nn.Module, weights: Mapping[str, VQWeights], plan: BitPlan) -> None:
-    """The model takes these weights over: codes, scales, and the tables that it stores once."""
-    tables, modules = model.get_submodule(TABLES), vq_modules(model)
+    """The model takes these weights over: codes, scales, and the codebooks that it stores once."""
+    codebooks, modules = model.get_submodule(CODEBOOKS), vq_modules(model)
     for name, stored in weights.items():
         modules[name].set_weights(stored)
-        tables.get_buffer(plan.layer(name).table).copy_(stored.table)
+        codebooks.get_buffer(plan.layer(name).table).copy_(stored.codebook)
     link_shared(model, plan.layers)
 
 
 def windows_of(module: VQModule) -> Tensor:
-    """Table indices [m, n / V] of a module's codes, m rows padded to whole row groups, n to whole column groups."""
+    """Codebook indices [m, n / V] of a module's codes, m rows padded to whole row groups, n to whole column groups."""
     code = module.code
     chunks = module.codes.view(*code.chunk_shape(module.rows, module.columns), code.chunk_bytes)
     windows = chunk_windows(chunks, code, torch.arange(CHUNK_ROWS, device=chunks.device))
@@ -75,7 +75,7 @@ def solution_of(modules: Sequence[VQModule], problem: Problem) -> Solution:
     """What the layers of a group hold, as a solution of their stacked problem."""
     indices = torch.cat([windows_of(module)[:held] for module, held in zip(modules, problem.held, strict=True)])
     scales = [nn.functional.pad(m.scales, (0, held - m.rows)) for m, held in zip(modules, problem.held, strict=True)]
-    return Solution(indices, modules[0].table.clone(), torch.cat(scales), 0.0)
+    return Solution(indices, modules[0].codebook.clone(), torch.cat(scales), 0.0)
 
 
 def capped_descent(
@@ -113,7 +113,7 @@ def trusted_move(weight: Tensor, move: Tensor, moment: Tensor, code: VQCode) -> 
     weight Ŵ float32[m, n] before any feedback: as far as a quadratic model of the loss is believed (2.8).
 
     It binds where almost no loss reaches a layer, so that its Newton step is noise over noise. Without it a round on
-    a model of random weights took the error of a tower's layers from 0.02 of their outputs to 1.4, by tables and
+    a model of random weights took the error of a tower's layers from 0.02 of their outputs to 1.4, by codebooks and
     scales that followed such steps; the divergence fell all the same.
     """
     limit = GAUSSIAN_ERROR[str(code)] * TRUST**2 * _energy(weight, moment)
@@ -139,7 +139,7 @@ def moved_group(
     Args:
         moment: S_i float32[n, n].
         row_factors: S_o float32[m_i, m_i] a layer; None where it has none. The identity where others have one.
-        is_shared: other groups use the table too.
+        is_shared: other groups use the codebook too.
     """
     code = modules[0].code
     problem = stack_group(targets, moment, code, searches_paths=True)
@@ -148,8 +148,8 @@ def moved_group(
     found, share = capped_descent(problem, solution_of(modules, problem), damped, factors, modules, options)
     if options.refits:
         objective = Objective.of(problem, damped, factors)
-        found = refit(problem, found, code, objective, keeps_table=options.keeps_tables or is_shared)
-    return pack_group(problem, found.indices, found.table, found.scales, code).layers, share
+        found = refit(problem, found, code, objective, keeps_codebook=options.keeps_codebook or is_shared)
+    return pack_group(problem, found.indices, found.codebook, found.scales, code).layers, share
 
 
 def _damped_factors(row_factors: Sequence[Tensor | None], rows: Sequence[int], damping: float) -> list[Tensor] | None:

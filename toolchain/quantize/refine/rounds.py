@@ -6,17 +6,18 @@ same error: the one whose model is nearest the teacher on pictures that the grad
 
 A round goes three times over the groups, and keeps what it has found in pieces of the run's store:
 
-    shift.GROUP     N = S_o⁻¹ G S_i⁻¹ of its layers, S_i, S_o       stretch by stretch, gradients and moments collected
+    shift.GROUP     N = S_o⁻¹ G S_i⁻¹ of its layers, S_i, S_o       batch by batch, gradients and moments collected
     moved.η.GROUP   the codes it takes for that η                   group by group; its shift goes when all η are there
     judged.η        nats of the model of that η                     η by η
 
 Resident at any time are both models, the quantized one with a decoded copy, the teacher's log-probabilities, the codes
-of two models, and of statistics those of one stretch: as many groups as `RoundOptions.stretch_bytes` holds, one at
+of two models, and of statistics those of one layer_batch: as many groups as `RoundOptions.batch_bytes` holds, one at
 least, counted as 12 m n bytes for G (its sum and two gradients of a sample), 12 n² for S_i (two halves and their sum)
-and 4 m² for S_o; while groups move, N, S_i and S_o of one group, twice while their file is written or read. A stretch
-costs two backward passes over the samples fitted to and a forward pass over all, and where rows are coupled a backward
-pass over all of the full-precision model: fewer passes where stretches are longer. On disk lie 4 m n + 4 n² + 4 m²
-bytes of groups yet to move, some 70 GB of a 7B model. A killed round goes on after the last piece, to the same bytes.
+and 4 m² for S_o; while groups move, N, S_i and S_o of one group, twice while their file is written or read. A
+layer batch costs two backward passes over the samples fitted to and a forward pass over all, and where rows are coupled
+a backward pass over all of the full-precision model: fewer passes where layer batches are longer. On disk lie 4 m n + 4
+n² + 4 m² bytes of groups yet to move, some 70 GB of a 7B model. A killed round goes on after the last piece, to the
+same bytes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration.held_out import JUDGED, mending_split, picture_numbers
+from toolchain.calibration.held_out import JUDGED, picture_numbers, refinement_split
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.checkpoint.modules import keep_decoded, vq_modules
 from toolchain.errors import InputDataError
 from toolchain.files.store import Pieces
-from toolchain.quantize.driver.sequence import stretches
+from toolchain.quantize.driver.sequence import layer_batches
 from toolchain.quantize.refine.kl_gradients import (
     divergence_of,
     inner_product,
@@ -104,11 +105,11 @@ class _Round:
 
     @cached_property
     def shared(self) -> set[str]:
-        """Ids of tables that layers of more than one group use."""
+        """Ids of codebooks that layers of more than one group use."""
         users: dict[str, set[str]] = {}
         for piece in (piece for layer in self.plan.layers if not layer.tied_to for piece in layer.pieces):
             users.setdefault(piece.table, set()).add(piece.group)
-        return {table for table, groups in users.items() if len(groups) > 1}
+        return {codebook for codebook, groups in users.items() if len(groups) > 1}
 
     @property
     def specs(self) -> list[LayerSpec]:
@@ -135,7 +136,7 @@ def jacobi_round(
     """One round, in place: the model of the best step, or the model as it was where no step is better held out.
 
     Args:
-        model: quantized, with its tables installed and linked.
+        model: quantized, with its codebooks installed and linked.
         teacher: `teacher_scores` of the full-precision model on the same inputs.
         specs: the layers that may move, whole groups of them; tied ones follow theirs.
         pieces: of this round alone, from this model and these arguments; the caller clears them when the result is
@@ -145,7 +146,7 @@ def jacobi_round(
     Raises:
         InputDataError: too few calibration pictures to hold some out.
     """
-    fit, apart, pictures = mending_split(inputs)
+    fit, apart, pictures = refinement_split(inputs)
     if not pictures:
         raise InputDataError(
             f"a Jacobi round holds every {JUDGED}th calibration picture out: expected at least {JUDGED} different "
@@ -166,9 +167,9 @@ def _shifted(run: _Round) -> float:
         return done[1]["unit"]
     inner: dict[str, float] = {}
     divergence = 0.0
-    parts = list(stretches(run.specs, run.options.stretch_bytes, run.statistics.held_bytes))
-    for number, stretch in enumerate(parts):
-        values = _stretch_shifts(run, stretch, number, len(parts))
+    parts = list(layer_batches(run.specs, run.options.batch_bytes, run.statistics.held_bytes))
+    for number, layer_batch in enumerate(parts):
+        values = _batch_shifts(run, layer_batch, number, len(parts))
         inner |= {name: value for one in values for name, value in one["inner"].items()}
         divergence = values[0]["divergence"]
     unit = step_unit(divergence, [inner[spec.name] for spec in run.specs])
@@ -176,9 +177,11 @@ def _shifted(run: _Round) -> float:
     return unit
 
 
-def _stretch_shifts(run: _Round, stretch: Sequence[LayerSpec], number: int, count: int) -> list[dict[str, Any]]:
-    """The values of the stretch's pieces, which are made where one is missing: ⟨G, N⟩ a layer, and the divergence."""
-    groups = groups_of(stretch)
+def _batch_shifts(run: _Round, layer_batch: Sequence[LayerSpec], number: int, count: int) -> list[dict[str, Any]]:
+    """The values of the layer batch's pieces, which are made where one is missing: ⟨G, N⟩ a layer, and the
+    divergence.
+    """
+    groups = groups_of(layer_batch)
     kept = [value for group in groups for value in _kept_value(run, f"shift.{group}")]
     if len(kept) == len(groups):
         return kept
@@ -188,12 +191,12 @@ def _stretch_shifts(run: _Round, stretch: Sequence[LayerSpec], number: int, coun
         run.teacher,
         run.inputs,
         run.fit,
-        [spec.name for spec in stretch],
+        [spec.name for spec in layer_batch],
         torch.Generator().manual_seed(run.seed),
         lambda done: run.progress.step(first + done, total, "round: gradients"),
     )
     run.clock.stop("gradients")
-    moments, rows = run.statistics.moments(stretch), run.statistics.row_factors(stretch)
+    moments, rows = run.statistics.moments(layer_batch), run.statistics.row_factors(layer_batch)
     run.clock.stop("statistics")
     values = []
     for group, layers in groups.items():
@@ -234,7 +237,7 @@ def _group_shares(run: _Round, unit: float, group: str) -> list[float]:
     if not all(kept.values()):
         shift = run.pieces.get(f"shift.{group}")
         if shift is None:  # it was damaged, or a kill came after it was dropped and a step is damaged
-            _stretch_shifts(run, run.members[group], 0, 1)
+            _batch_shifts(run, run.members[group], 0, 1)
             shift = run.pieces.wanted(f"shift.{group}")
         for number, value in kept.items():
             kept[number] = value or [{"share": _moved_step(run, unit, group, shift[0], number)}]
@@ -253,14 +256,14 @@ def _moved_step(run: _Round, unit: float, group: str, tensors: Mapping[str, Tens
         weight, move = module.dense(torch.float32), step * (unit * own[f"shift.{spec.name}"])
         targets.append(weight + trusted_move(weight, move, own["moment"], module.code))
     factors = [own.get(f"rows.{spec.name}") for spec in layers]
-    is_shared = modules[0].table_id in run.shared
+    is_shared = modules[0].codebook_id in run.shared
     stored, share = moved_group(modules, targets, own["moment"], factors, run.options, is_shared=is_shared)
     run.pieces.put(f"moved.{number}.{group}", dict(_named(layers, stored)), {"share": share})
     return share
 
 
 def _named(layers: Sequence[LayerSpec], stored: Sequence[VQWeights]) -> Iterator[tuple[str, Tensor]]:
-    yield "table", stored[0].table
+    yield "codebook", stored[0].codebook
     for spec, weights in zip(layers, stored, strict=True):
         yield f"{spec.name}.codes", weights.codes
         yield f"{spec.name}.scales", weights.scales
@@ -274,7 +277,7 @@ def _stored_step(run: _Round, number: int) -> dict[str, VQWeights]:
         kept, _ = run.pieces.wanted(f"moved.{number}.{group}")
         for spec in layers:
             m, device = modules[spec.name], modules[spec.name].scales.device
-            names = (f"{spec.name}.codes", "table", f"{spec.name}.scales")
+            names = (f"{spec.name}.codes", "codebook", f"{spec.name}.scales")
             found[spec.name] = VQWeights(m.code, m.rows, m.columns, *(kept[name].to(device) for name in names))
     return found
 
@@ -283,7 +286,7 @@ def _chosen(run: _Round, shares: Sequence[float]) -> RoundResult:
     """The model takes over the best step's codes, or keeps its own."""
     names = [spec.name for spec in run.specs]
     before = stored_weights(run.model, names)
-    divergences = {0.0: run.pieces.made("judged.start", lambda: ({}, run.held_out()))[1]}
+    divergences = {0.0: run.pieces.get_or_make("judged.start", lambda: ({}, run.held_out()))[1]}
     best: int | None = None
     for number, step in enumerate(run.options.steps):
 
@@ -291,7 +294,7 @@ def _chosen(run: _Round, shares: Sequence[float]) -> RoundResult:
             store_weights(run.model, _stored_step(run, number), run.plan)
             return {}, run.held_out()
 
-        divergences[step] = run.pieces.made(f"judged.{number}", judge)[1]
+        divergences[step] = run.pieces.get_or_make(f"judged.{number}", judge)[1]
         if divergences[step] < min(value for other, value in divergences.items() if other != step):
             best = number
         run.progress.step(number + 1, len(run.options.steps), "round: steps")

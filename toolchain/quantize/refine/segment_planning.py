@@ -1,9 +1,11 @@
-"""Plans whose groups may be in K-segments: offered by what units lose, confirmed by a dry run before they are taken.
+"""Plans whose groups may be in K-segments: offered by what units lose, confirmed by a proxy quantization before they
+are taken.
 
-A segmentation's offered loss is pieced together from dry runs in one code over all columns (`unit_losses`). Those that
-a plan picks are run as they are, with a table and row scales a segment, and their losses corrected; then the plan is
-made again, until it picks only what was confirmed. Single codes are known by stand-ins, which foretell too much where
-tables fit few vectors well; a confirmed loss is put in their currency, or cuts would be picked for being run.
+A segmentation's offered loss is pieced together from proxy quantizations in one code over all columns (`unit_losses`).
+Those that a plan picks are run as they are, with a codebook and row scales a segment, and their losses corrected; then
+the plan is made again, until it picks only what was confirmed. Single codes are known by proxy codes, which foretell
+too much where codebooks fit few vectors well; a confirmed loss is put in their currency, or cuts would be picked for
+being run.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, STAND_INS, dry_segments, quick
+from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, PROXY_CODES, proxy_segments, quick
 from toolchain.quantize.mgvq.sensitivity import Sensitivity
-from toolchain.quantize.refine.segment_orders import Ranking
+from toolchain.quantize.refine.segment_permutations import Ranking
 from toolchain.quantize.refine.segmentation import segment_units, segmented_losses
 from toolchain.values import CODES, BitPlan, VQCode, parse_format
 from toolchain.vq.weights import Options
@@ -31,7 +33,7 @@ class Planner:
     """What segmentations are planned with.
 
     weights: group → (weights float32[m_i, n] of its layers, H float32[n, n]), columns as the model has them.
-    plan: losses → the plan under the job's limit.
+    plan: losses → the plan under the request's limit.
     """
 
     sensitivity: Sensitivity
@@ -40,7 +42,7 @@ class Planner:
     plan: Callable[[GroupLosses], BitPlan]
     options: Options
     generator: Callable[[str], torch.Generator]
-    deals: bool
+    interleaves: bool
 
     def confirmed(self) -> GroupLosses:
         """Group → segments → loss, of all that was picked and run; a plan may choose among these and single codes."""
@@ -64,12 +66,13 @@ class Planner:
         units = self.sensitivity.units[group]["losses"]
 
         def loss(code: str, unit: int) -> float:
-            return units[_stand_in(code)][unit] * _ratio(code)
+            return units[_proxy_code(code)][unit] * _ratio(code)
 
         return segmented_losses(len(self.rankings[group].order), single, loss, single)
 
     def confirm(self, group: str, text: str, single: Mapping[str, float]) -> float:
-        """The loss of a segmentation, each segment's corrected by what a dry run of it loses of the group's output.
+        """The loss of a segmentation, each segment's corrected by what a proxy quantization of it loses of the group's
+        output.
 
         Args:
             single: code → loss of the group in that code, as the plan has it; the one nearest in rate is run too, and
@@ -81,16 +84,18 @@ class Planner:
         return self._run(group, text, weights, moment) * (believed / ran if ran > 0 else 1.0)
 
     def _run(self, group: str, text: str, weights: list[Tensor], moment: Tensor) -> float:
-        """The loss of a format by a dry run of it: what each segment loses, times what its units make of that."""
+        """The loss of a format by a proxy quantization of it: what each segment loses, times what its units make of
+        that.
+        """
         columns = len(moment)
-        order = self.rankings[group].banded([s.columns for s in parse_format(text, columns)], self.deals)
+        order = self.rankings[group].banded([s.columns for s in parse_format(text, columns)], self.interleaves)
         ordered = [weight[:, order] for weight in weights]
-        lost = dry_segments(ordered, moment[order][:, order], text, quick(self.options), self.generator(group))
+        lost = proxy_segments(ordered, moment[order][:, order], text, quick(self.options), self.generator(group))
         units = self.sensitivity.units[group]
         total = 0.0
         for (code, own), segment_lost in zip(segment_units(text, columns), lost, strict=True):
-            stand_in = _stand_in(str(code))
-            omega, local = (sum(units[key][stand_in][unit] for unit in own) for key in ("losses", "local"))
+            proxy_code = _proxy_code(str(code))
+            omega, local = (sum(units[key][proxy_code][unit] for unit in own) for key in ("losses", "local"))
             total += omega * segment_lost / (units["reference"] * local) if local > 0 else 0.0
         return total
 
@@ -101,10 +106,10 @@ def _nearest(text: str, columns: int, codes: Iterable[str]) -> str:
     return min(codes, key=lambda code: (abs(CODES[code].index_bits - bits), code))
 
 
-def _stand_in(code: str) -> str:
-    return str(STAND_INS[VQCode.parse(code).vector])
+def _proxy_code(code: str) -> str:
+    return str(PROXY_CODES[VQCode.parse(code).vector])
 
 
 def _ratio(code: str) -> float:
-    """A code's error over its stand-in's."""
-    return GAUSSIAN_ERROR[code] / GAUSSIAN_ERROR[_stand_in(code)]
+    """A code's error over its proxy code's."""
+    return GAUSSIAN_ERROR[code] / GAUSSIAN_ERROR[_proxy_code(code)]

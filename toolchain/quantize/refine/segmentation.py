@@ -39,7 +39,9 @@ def unit_widths(columns: int) -> list[int]:
 
 
 def energy_spread(energies: Sequence[float]) -> float:
-    """How many times as loud a column of the loudest unit is as one of the quietest, from energies in falling order."""
+    """How many times as loud a column of the highest-energy unit is as one of the quietest, from energies in falling
+    order.
+    """
     means, first = [], 0
     for width in unit_widths(len(energies)):
         means.append(sum(energies[first : first + width]) / width)

@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
-from toolchain.calibration.activations import Masses, Survey, collect_pairs
-from toolchain.checkpoint.permuted import deal_model
-from toolchain.checkpoint.rotated import rotate_model, turn_model_back
+from toolchain.calibration.activations import Survey, TokenWeights, collect_pairs
+from toolchain.checkpoint.permuted import permute_model
+from toolchain.checkpoint.rotated import inverse_rotate_model, rotate_model
 from toolchain.quantize.driver.sequence import group_generator
 from toolchain.quantize.mgvq.bit_plan import offered_codes, plan_for_losses
-from toolchain.quantize.mgvq.proxy import STAND_INS, quick
+from toolchain.quantize.mgvq.proxy import PROXY_CODES, quick
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.quantize.mgvq.sensitivity import MeasuredGroup, Sensitivity, UnitMeasure
 from toolchain.quantize.refine.rotation import Rotations
-from toolchain.quantize.refine.segment_orders import (
+from toolchain.quantize.refine.segment_permutations import (
     Ranking,
     composed,
-    cut_orders,
-    energies_now,
     groups_to_cut,
+    permuted_energies,
     rank_columns,
+    segment_permutations,
 )
 from toolchain.quantize.refine.segment_planning import GroupLosses, Planner
 from toolchain.quantize.refine.segmentation import unit_widths
@@ -34,42 +34,44 @@ from toolchain.values import BitPlan, LayerSpec, VQCode
 
 @dataclass(frozen=True)
 class Segments:
-    """Free order → its ranking, and group → the ranking its columns have, of the groups that may be cut there."""
+    """Free permutation → its ranking, and group → the ranking its columns have, of the groups that may be cut there."""
 
     free: Mapping[str, Ranking] = field(default_factory=dict)
     groups: Mapping[str, Ranking] = field(default_factory=dict)
 
 
-def find_segments(run: MgvqRun, survey: Survey, orders: Mapping[str, Tensor], rotations: Rotations) -> Segments:
+def find_segments(run: MgvqRun, survey: Survey, permutations: Mapping[str, Tensor], rotations: Rotations) -> Segments:
     """What may be cut, no rotated layer among it; nothing without the recipe's part, or with nothing to choose."""
     if not (run.recipe.segments and run.has_choice):
         return Segments()
-    job, now = run.job, _energies(run, survey, orders)
+    request, now = run.request, _energies(run, survey, permutations)
     free = _rankings(run, now, rotations)
-    return Segments(free, groups_to_cut(_unrotated(run, rotations), free, now, job.options.segment_spread))
+    return Segments(free, groups_to_cut(_unrotated(run, rotations), free, now, request.options.segment_spread))
 
 
 def unit_measure(run: MgvqRun, segments: Segments) -> UnitMeasure | None:
     """What the stage of sensitivity is to ask of the groups that may be cut; None where none may."""
     if not segments.groups:
         return None
-    job = run.job
-    ranks = {group: one.banded(unit_widths(len(one.order)), run.recipe.deal) for group, one in segments.groups.items()}
+    request = run.request
+    ranks = {
+        group: one.banded(unit_widths(len(one.order)), run.recipe.interleave) for group, one in segments.groups.items()
+    }
     lengths = sorted({VQCode.parse(code).vector for code in offered_codes(run.recipe)})
-    stand_ins = [STAND_INS[vector] for vector in lengths]
+    proxy_codes = [PROXY_CODES[vector] for vector in lengths]
 
     def measure(case: MeasuredGroup, total: float) -> dict[str, Any] | None:
         if case.group not in ranks:
             return None
-        ranked = RankedGroup(case.weights, case.moments, case.probes, ranks[case.group])
-        generator = partial(group_generator, job.seed, case.group)
-        return asdict(measure_units(ranked, stand_ins, total, quick(job.options), generator))
+        ranked = RankedGroup(case.weights, case.moments, case.gradient_samples, ranks[case.group])
+        generator = partial(group_generator, request.seed, case.group)
+        return asdict(measure_units(ranked, proxy_codes, total, quick(request.options), generator))
 
     return measure
 
 
 def offer_segments(
-    run: MgvqRun, masses: Masses, segments: Segments, sensitivity: Sensitivity | None
+    run: MgvqRun, token_weights: TokenWeights, segments: Segments, sensitivity: Sensitivity | None
 ) -> Sensitivity | None:
     """The sensitivity with the segmentations that a plan may choose, kept in the store."""
     if sensitivity is None or not segments.groups:
@@ -79,21 +81,21 @@ def offer_segments(
         planner = Planner(
             sensitivity,
             segments.groups,
-            partial(_weights_and_moment, run, masses),
+            partial(_weights_and_moment, run, token_weights),
             partial(plan_for_losses, run),
-            run.job.options,
-            partial(group_generator, run.job.seed),
-            run.recipe.deal,
+            run.request.options,
+            partial(group_generator, run.request.seed),
+            run.recipe.interleave,
         )
         return {}, planner.confirmed()
 
-    return replace(sensitivity, segmented=run.store.made("segments", make)[1])
+    return replace(sensitivity, segmented=run.store.get_or_make("segments", make)[1])
 
 
 def sort_columns(
     run: MgvqRun,
     survey: Survey,
-    orders: Mapping[str, Tensor],
+    permutations: Mapping[str, Tensor],
     rotations: Rotations,
     segments: Segments,
     plan: BitPlan,
@@ -102,30 +104,30 @@ def sort_columns(
 
     A rotated layer's columns are no inputs, so it is turned back for as long.
     """
-    free = segments.free or _rankings(run, _energies(run, survey, orders), rotations)
-    then = cut_orders(free, plan, run.recipe.deal)
+    free = segments.free or _rankings(run, _energies(run, survey, permutations), rotations)
+    then = segment_permutations(free, plan, run.recipe.interleave)
     if then:
-        turn_model_back(run.job.model, rotations.blocks)
-        deal_model(run.job.model, run.job.family, run.job.config, then)
-        rotate_model(run.job.model, rotations.blocks)
-    return composed(orders, then)
+        inverse_rotate_model(run.request.model, rotations.blocks)
+        permute_model(run.request.model, run.request.family, run.request.config, then)
+        rotate_model(run.request.model, rotations.blocks)
+    return composed(permutations, then)
 
 
-def _weights_and_moment(run: MgvqRun, masses: Masses, group: str) -> tuple[list[Tensor], Tensor]:
-    job = run.job
-    members = [spec for spec in job.specs if spec.group == group]
-    weights = [job.model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in members]
-    return weights, collect_pairs(job.model, None, job.inputs, members, masses)[group].whole.moment
+def _weights_and_moment(run: MgvqRun, token_weights: TokenWeights, group: str) -> tuple[list[Tensor], Tensor]:
+    request = run.request
+    members = [spec for spec in request.specs if spec.group == group]
+    weights = [request.model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in members]
+    return weights, collect_pairs(request.model, None, request.inputs, members, token_weights)[group].whole.moment
 
 
-def _energies(run: MgvqRun, survey: Survey, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return energies_now(run.job.family, run.job.config, run.job.specs, survey.energies, orders)
+def _energies(run: MgvqRun, survey: Survey, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return permuted_energies(run.request.family, run.request.config, run.request.specs, survey.energies, permutations)
 
 
 def _rankings(run: MgvqRun, energies: Mapping[str, Tensor], rotations: Rotations) -> dict[str, Ranking]:
-    job = run.job
-    return rank_columns(job.model, job.family, job.config, _unrotated(run, rotations), energies)
+    request = run.request
+    return rank_columns(request.model, request.family, request.config, _unrotated(run, rotations), energies)
 
 
 def _unrotated(run: MgvqRun, rotations: Rotations) -> list[LayerSpec]:
-    return [spec for spec in run.job.specs if spec.name not in rotations.blocks]
+    return [spec for spec in run.request.specs if spec.name not in rotations.blocks]

@@ -1,9 +1,9 @@
 """What runs of columns of a group cost when they are coded: on its own outputs, on the model's loss, and both at once.
 
-The columns are taken in falling order of sensitivity and cut into units (`segmentation.unit_widths`). A dry run codes
-each unit as a segment; the error is then asked about unit by unit, for text and picture tokens apart (mgvq-algorithm
-3.2 to 3.4, equations 15 to 17). With one table and scale for all columns the demo's losses came out twice those that
-segments really have.
+The columns are taken in falling order of sensitivity and cut into units (`segmentation.unit_widths`). A proxy
+quantization codes each unit as a segment; the error is then asked about unit by unit, for text and picture tokens apart
+(mgvq-algorithm 3.2 to 3.4, equations 15 to 17). With one codebook and scale for all columns the demo's losses came out
+twice those that segments really have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolchain.calibration.gradients import Probe, of_modality
+from toolchain.calibration.gradients import GradientSample, of_modality
 from toolchain.quantize.refine.segmentation import unit_widths
 from toolchain.values import Segment, VQCode
 from toolchain.vq.factor import Factors, factor_moment
@@ -27,19 +27,19 @@ from toolchain.vq.weights import AVERAGE, Options
 class RankedGroup:
     """A group as the model has it, and its columns by units of falling sensitivity: `order[new] = now`, int64[n].
 
-    weights: float32[m_i, n] a layer. moments: modality → its part of H float32[n, n]. probes: a list a layer, all of
-    the same sequences.
+    weights: float32[m_i, n] a layer. moments: modality → its part of H float32[n, n]. gradient_samples: a list a layer,
+    all of the same sequences.
     """
 
     weights: list[Tensor]
     moments: Mapping[str, Tensor]
-    probes: Sequence[Sequence[Probe]]
+    gradient_samples: Sequence[Sequence[GradientSample]]
     order: Tensor
 
 
 @dataclass(frozen=True)
 class UnitLosses:
-    """Stand-in → what each unit of columns loses in it.
+    """Proxy code → what each unit of columns loses in it.
 
     local: tr(η_c D_c η_cᵀ) / tr(W S Wᵀ) over the unit's blocks (equation 15), S the damped moment; they add up to the
         group's relative error. `reference` is that tr(W S Wᵀ).
@@ -53,16 +53,17 @@ class UnitLosses:
 
 def measure_units(
     case: RankedGroup,
-    stand_ins: Sequence[VQCode],
+    proxy_codes: Sequence[VQCode],
     scale: float,
     options: Options,
     generator: Callable[[], torch.Generator],
 ) -> UnitLosses:
-    """Losses of every unit, from one dry run a stand-in that codes each unit with a table and scales of its own.
+    """Losses of every unit, from one proxy quantization a proxy code that codes each unit with a codebook and scales of
+    its own.
 
     Args:
         scale: nats a sequence that a relative error tr(E H Eᵀ) / tr(W H Wᵀ) of 1 comes to, by the global metric.
-        options: of the dry runs.
+        options: of the proxy quantizations.
         generator: makes a generator for each, so that they do not depend on one another.
     """
     order = case.order
@@ -73,14 +74,14 @@ def measure_units(
     widths = unit_widths(len(order))
     firsts = [sum(widths[:number]) for number in range(len(widths))]
     local, losses = {}, {}
-    for stand_in in stand_ins:
-        units = [Segment(first, width, stand_in) for first, width in zip(firsts, widths, strict=True)]
+    for proxy_code in proxy_codes:
+        units = [Segment(first, width, proxy_code) for first, width in zip(firsts, widths, strict=True)]
         group = quantize_segments(weights, whole, units, options, generator())
         error = stacked - torch.cat([layer.decode().to(stacked) for layer in group.layers])
         total = scale * group.loss / max(sum(group.references), torch.finfo(torch.float32).tiny)
-        omega = _combined(case, error, stacked, moments, stand_in, total, options)
-        local[str(stand_in)] = [lost / reference for lost in group.losses] if reference > 0 else [0.0] * len(units)
-        losses[str(stand_in)] = omega.tolist()
+        omega = _combined(case, error, stacked, moments, proxy_code, total, options)
+        local[str(proxy_code)] = [lost / reference for lost in group.losses] if reference > 0 else [0.0] * len(units)
+        losses[str(proxy_code)] = omega.tolist()
     return UnitLosses(local, losses, reference)
 
 
@@ -126,10 +127,10 @@ def fisher_units(case: RankedGroup, error: Tensor, widths: Sequence[int], kind: 
     back[:, case.order] = error
     parts = back.split([len(weight) for weight in case.weights])
     products = []
-    for number in range(len(case.probes[0])):
+    for number in range(len(case.gradient_samples[0])):
         columns = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
-        for part, probes in zip(parts, case.probes, strict=True):
-            probe = probes[number] if kind is None else of_modality(probes[number], kind)
-            columns += probe.by_column(part)
+        for part, gradient_samples in zip(parts, case.gradient_samples, strict=True):
+            gradient_sample = gradient_samples[number] if kind is None else of_modality(gradient_samples[number], kind)
+            columns += gradient_sample.by_column(part)
         products.append(torch.stack([unit.sum() for unit in columns[case.order].split(list(widths))]))
     return 0.5 * torch.stack(products).square().mean(dim=0).float()

@@ -55,7 +55,7 @@ def test_no_score_tensor_exceeds_the_limit_and_tiles_run_one_after_the_other(tmp
         for name, x in ReferenceEvaluator(model).run(None, feeds(40), intermediate=True).items()
     }
     scores = [size for name, size in sizes.items() if "MatMul_0" in name or "Softmax" in name]
-    assert max(scores) <= limit * 1.25  # rows are dealt whole: a tile may have one more than its share
+    assert max(scores) <= limit * 1.25  # rows are interleaved whole: a tile may have one more than its share
     assert sum(scores) >= 2 * 2 * 40 * 40 * 4
     order = [node.name.split("/")[0] for node in model.graph.node if ".tile." in node.name]
     assert order == sorted(order, key=lambda name: int(name.rpartition(".")[2]))

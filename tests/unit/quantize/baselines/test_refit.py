@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from layer_problems import random_layer
 
-from toolchain.quantize.baselines.refit import refit_table, sum_by_index
+from toolchain.quantize.baselines.refit import refit_codebook, sum_by_index
 
 
 def lookup(indices, rows):
-    return lambda table: table[indices].reshape(rows, -1)
+    return lambda codebook: codebook[indices].reshape(rows, -1)
 
 
 def problem(entries=6, rows=20, columns=12):
@@ -27,15 +27,15 @@ def test_sums_by_hand():
 
 
 def test_summing_is_the_transpose_of_looking_up():
-    weight, _, indices, table = problem()
-    decoded, gathered = lookup(indices, 20)(table), gather_for(indices, 6)(weight)
-    torch.testing.assert_close((decoded * weight).sum(), (table * gathered).sum())
+    weight, _, indices, codebook = problem()
+    decoded, gathered = lookup(indices, 20)(codebook), gather_for(indices, 6)(weight)
+    torch.testing.assert_close((decoded * weight).sum(), (codebook * gathered).sum())
 
 
-def test_it_finds_the_least_squares_table():
+def test_it_finds_the_least_squares_codebook():
     """Against the normal equations written out, one row of the design a weight."""
-    weight, moment, indices, table = problem()
-    found = refit_table(weight, moment, table, lookup(indices, 20), gather_for(indices, 6), 40)
+    weight, moment, indices, codebook = problem()
+    found = refit_codebook(weight, moment, codebook, lookup(indices, 20), gather_for(indices, 6), 40)
     design = torch.stack([lookup(indices, 20)(unit.reshape(6, 2)).flatten() for unit in torch.eye(12)], dim=1).double()
     metric = torch.block_diag(*[moment.double()] * 20)
     best = torch.linalg.solve(design.T @ metric @ design, design.T @ metric @ weight.double().flatten())
@@ -43,14 +43,16 @@ def test_it_finds_the_least_squares_table():
 
 
 def test_an_entry_no_code_names_stays():
-    weight, moment, indices, table = problem()
+    weight, moment, indices, codebook = problem()
     indices[indices == 3] = 2
-    found = refit_table(weight, moment, table, lookup(indices, 20), gather_for(indices, 6), 20)
-    assert torch.equal(found[3], table[3])
-    assert not torch.equal(found[2], table[2])
+    found = refit_codebook(weight, moment, codebook, lookup(indices, 20), gather_for(indices, 6), 20)
+    assert torch.equal(found[3], codebook[3])
+    assert not torch.equal(found[2], codebook[2])
 
 
-def test_a_perfect_table_stays():
-    _, moment, indices, table = problem()
-    weight = lookup(indices, 20)(table)
-    assert torch.equal(refit_table(weight, moment, table, lookup(indices, 20), gather_for(indices, 6), 20), table)
+def test_a_perfect_codebook_stays():
+    _, moment, indices, codebook = problem()
+    weight = lookup(indices, 20)(codebook)
+    assert torch.equal(
+        refit_codebook(weight, moment, codebook, lookup(indices, 20), gather_for(indices, 6), 20), codebook
+    )

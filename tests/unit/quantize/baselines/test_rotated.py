@@ -83,7 +83,7 @@ def test_bytes_are_those_of_gptq():
     first, moment = random_layer(102, 40)
     second, _ = random_layer(31, 40, seed=1)
     found = run(rotated.quantize_group, [first, second], moment)
-    assert found.bytes == CODE.table_bytes + sum(CODE.codes_bytes(m, 40) + 2 * m for m in (102, 31))
+    assert found.bytes == CODE.codebook_bytes + sum(CODE.codes_bytes(m, 40) + 2 * m for m in (102, 31))
 
 
 def test_the_generator_is_all_that_is_random():

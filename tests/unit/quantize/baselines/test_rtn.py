@@ -11,12 +11,12 @@ from toolchain.vq.weights import Options
 
 
 @pytest.mark.parametrize("code", PLAIN_CODE_NAMES)
-def test_the_table_holds_every_combination_of_levels(code):
-    table = rtn.level_table(CODES[code]).float()
+def test_the_codebook_holds_every_combination_of_levels(code):
+    codebook = rtn.level_codebook(CODES[code]).float()
     levels = rtn.level_count(CODES[code])
-    assert table.shape == (levels ** CODES[code].vector, CODES[code].vector)
-    assert sorted(set(table.flatten().tolist())) == list(range(1 - levels, levels, 2))
-    assert len(table.unique(dim=0)) == len(table)
+    assert codebook.shape == (levels ** CODES[code].vector, CODES[code].vector)
+    assert sorted(set(codebook.flatten().tolist())) == list(range(1 - levels, levels, 2))
+    assert len(codebook.unique(dim=0)) == len(codebook)
 
 
 def test_decodes_to_exact_rounding_by_hand():

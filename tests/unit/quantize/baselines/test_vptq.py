@@ -21,22 +21,22 @@ def run(weights, moment, code="4,8,8", seed=0):
 def test_a_vector_runs_down_the_rows():
     matrix = torch.arange(12.0).reshape(4, 3)
     assert vptq.vectors_of(matrix, 2).tolist() == [[[0, 3], [1, 4], [2, 5]], [[6, 9], [7, 10], [8, 11]]]
-    table, scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 10.0, 1.0, 1.0])
-    decoded = vptq.decode_columns(torch.tensor([[0, 1], [1, 1]]), table, scales)
+    codebook, scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 10.0, 1.0, 1.0])
+    decoded = vptq.decode_columns(torch.tensor([[0, 1], [1, 1]]), codebook, scales)
     assert decoded.tolist() == [[1, 3], [20, 40], [3, 3], [4, 4]]
 
 
 def test_every_vector_gets_its_nearest_entry_after_feedback():
     weight, moment = random_layer(8, 5)
     unit = factor_moment(moment, 5, 1, 0.01).unit
-    table = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).half()
+    codebook = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).half()
     scales = weight.square().mean(dim=1).sqrt().half()
-    indices = vptq.column_sweep(weight, unit, table, scales)
-    error = weight - vptq.decode_columns(indices, table, scales)
+    indices = vptq.column_sweep(weight, unit, codebook, scales)
+    error = weight - vptq.decode_columns(indices, codebook, scales)
     targets = weight + error @ torch.triu(unit, 1)
     for row in range(4):
         own = slice(2 * row, 2 * row + 2)
-        entries = table.float() * scales[own].float()
+        entries = codebook.float() * scales[own].float()
         for column in range(5):
             distances = (targets[own, column] - entries).square().sum(dim=1)
             assert int(indices[row, column]) == int(distances.argmin())
@@ -56,7 +56,7 @@ def test_errors_are_those_of_the_weights_and_bytes_those_of_the_format(code):
     second, _ = random_layer(31, 40, seed=1)
     group = run([first, second], moment, code)
     vq_code = VQCode.parse(code)
-    expected = vq_code.table_bytes + sum(vq_code.codes_bytes(m, 40) + 2 * m for m in (102, 31))
+    expected = vq_code.codebook_bytes + sum(vq_code.codes_bytes(m, 40) + 2 * m for m in (102, 31))
     assert group.bytes == expected
     for weight, decoded, error, reference in zip((first, second), group.weights, group.errors, group.references):
         assert decoded.shape == weight.shape

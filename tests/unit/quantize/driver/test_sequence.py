@@ -1,10 +1,10 @@
-"""Groups of layers taken a stretch at a time."""
+"""Groups of layers taken a layer batch at a time."""
 
 from __future__ import annotations
 
 import pytest
 
-from toolchain.quantize.driver.sequence import stretches
+from toolchain.quantize.driver.sequence import layer_batches
 from toolchain.values import LayerSpec
 
 
@@ -19,10 +19,10 @@ def specs(*groups):
 def test_whole_groups_as_many_as_fit_and_one_at_least(most, expected):
     """Groups of 3, 1 and 2 layers, a byte a layer."""
     own = specs(("a", 3), ("b", 1), ("c", 2))
-    found = list(stretches(own, most, len))
-    assert [list(dict.fromkeys(spec.group for spec in stretch)) for stretch in found] == expected
-    assert [spec for stretch in found for spec in stretch] == own
+    found = list(layer_batches(own, most, len))
+    assert [list(dict.fromkeys(spec.group for spec in layer_batch)) for layer_batch in found] == expected
+    assert [spec for layer_batch in found for spec in layer_batch] == own
 
 
 def test_no_layers_no_stretch():
-    assert list(stretches([], 10, len)) == []
+    assert list(layer_batches([], 10, len)) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layer_problems import random_layer
 
-from toolchain.calibration.gradients import Probe
+from toolchain.calibration.gradients import GradientSample
 from toolchain.quantize.mgvq.descent import COUPLED, DESCENT, SWEEP, Fit, Gate, best_ways, gated_group, gated_segments
 from toolchain.values import CODES, parse_format
 from toolchain.vq.segments import quantize_segments
@@ -26,11 +26,11 @@ def square_root(moment):
     return ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
 
 
-def probes_of(column_root, row_root, seed, count=400, tokens=4):
+def gradient_samples_of(column_root, row_root, seed, count=400, tokens=4):
     """Gradients Σ_t δ_t x_tᵀ with E[x xᵀ] and E[δ δᵀ] as their square roots say: E⟨G, E⟩² = t · tr(S_o E S Eᵀ)."""
     generator = seeded(seed)
     return [
-        Probe(
+        GradientSample(
             torch.randn(tokens, len(row_root), generator=generator) @ row_root,
             torch.randn(tokens, len(column_root), generator=generator) @ column_root,
         )
@@ -49,7 +49,7 @@ def problem():
 def gate_of(moment, row_roots=(None, None)):
     root = square_root(moment)
     own = [torch.eye(m) if r is None else r for m, r in zip(ROWS, row_roots)]
-    return Gate([probes_of(root, r, seed) for seed, r in enumerate(own)])
+    return Gate([gradient_samples_of(root, r, seed) for seed, r in enumerate(own)])
 
 
 def held_out_losses(gate, targets, group):
@@ -60,16 +60,16 @@ def same_bytes(one, other):
     return all(
         torch.equal(a, b)
         for x, y in zip(one.layers, other.layers, strict=True)
-        for a, b in ((x.codes, y.codes), (x.scales, y.scales), (x.table, y.table))
+        for a, b in ((x.codes, y.codes), (x.scales, y.scales), (x.codebook, y.codebook))
     )
 
 
 def test_the_loss_of_a_gate_is_the_mean_square_of_whole_products():
-    probe = Probe(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0, 1.0]]))
-    twice = Probe(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    gradient_sample = GradientSample(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0, 1.0]]))
+    twice = GradientSample(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
     error = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, -1.0]])
     # ⟨δ xᵀ, E⟩: 1·(3·1) + 2·(1·−1) = 1 of the first; E_10 + E_01 = 2 of the second.
-    assert Gate([[probe], [probe, twice]]).losses([error, error]) == [1.0, (1.0 + 4.0) / 2]
+    assert Gate([[gradient_sample], [gradient_sample, twice]]).losses([error, error]) == [1.0, (1.0 + 4.0) / 2]
 
 
 def test_the_first_of_equals_is_taken():
@@ -129,13 +129,13 @@ def test_output_curvature_is_used_where_gradients_have_it(problem):
 def test_matrices_of_one_group_decide_differently(problem, code):
     """The first one's gradients see the inputs descent was fitted to, the second one's those it gave up for them."""
     targets, moment, few = problem
-    gate = Gate([gate_of(few).probes[0], gate_of(moment).probes[1]])
+    gate = Gate([gate_of(few).gradient_samples[0], gate_of(moment).gradient_samples[1]])
     group, ways = gated_group(targets, Fit(few, few, (None, None)), gate, CODES[code], FAST, seeded())
     assert ways == (DESCENT, SWEEP)
     swept = quantize_group(targets, few, CODES[code], FAST, seeded())
     assert torch.equal(group.layers[1].codes, swept.layers[1].codes), "the second has its sweep's codes"
     assert not torch.equal(group.layers[0].codes, swept.layers[0].codes)
-    assert torch.equal(group.layers[0].table, group.layers[1].table), "one table"
+    assert torch.equal(group.layers[0].codebook, group.layers[1].codebook), "one codebook"
     assert sum(held_out_losses(gate, targets, group)) < sum(held_out_losses(gate, targets, swept))
 
 

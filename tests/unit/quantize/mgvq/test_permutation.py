@@ -1,4 +1,6 @@
-"""Orders for segments: loudest columns first, dealt inside bands, folded where the model's outputs do not change."""
+"""Orders for segments: columns of most energy first, interleaved inside bands, folded where the model's outputs do
+not change.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,24 @@ from toolchain.calibration.activations import survey_inputs
 from toolchain.calibration.inputs import calibration_inputs
 from toolchain.calibration.manifest import read_manifest
 from toolchain.checkpoint.loading import load_model
-from toolchain.checkpoint.permuted import deal_model
+from toolchain.checkpoint.permuted import permute_model
 from toolchain.models.configs import read_config
 from toolchain.models.registry import family_for
-from toolchain.quantize.mgvq.permutation import measured_orders
-from toolchain.quantize.refine.segment_orders import (
+from toolchain.quantize.mgvq.permutation import measured_permutations
+from toolchain.quantize.refine.segment_permutations import (
     Ranking,
     composed,
-    cut_orders,
-    energies_now,
     groups_to_cut,
+    permuted_energies,
     rank_columns,
+    segment_permutations,
 )
 
 DOWN = "mlp.down_proj"
 
 
 class Case:
-    """A tiny model whose decoder has loud and quiet hidden channels, dealt; energies before and after."""
+    """A tiny model whose decoder has loud and quiet hidden channels, interleaved; energies before and after."""
 
     def __init__(self, folder, manifest) -> None:
         self.config = read_config(folder)
@@ -42,10 +44,10 @@ class Case:
         self.inputs = calibration_inputs(self.family.load_processor(folder), read_manifest(manifest)[:2])
         linears = [spec for spec in self.specs if spec.kind != "embedding"]
         energies = survey_inputs(self.before, self.inputs, linears).energies
-        self.orders = measured_orders(self.family, self.config, self.specs, energies)
+        self.permutations = measured_permutations(self.family, self.config, self.specs, energies)
         self.model = copy.deepcopy(self.before)
-        deal_model(self.model, self.family, self.config, self.orders)
-        self.now = energies_now(self.family, self.config, self.specs, energies, self.orders)
+        permute_model(self.model, self.family, self.config, self.permutations)
+        self.now = permuted_energies(self.family, self.config, self.specs, energies, self.permutations)
         self.measured = survey_inputs(self.model, self.inputs, linears).energies
         self.ranks = rank_columns(self.model, self.family, self.config, self.specs, self.now)
 
@@ -79,7 +81,7 @@ def test_columns_are_ranked_by_what_the_output_loses_with_them(case):
 
 
 def test_only_what_may_go_anywhere_is_ranked(case):
-    for free in case.family.free_orders(case.config):
+    for free in case.family.free_permutations(case.config):
         assert (free.name in case.ranks) == (free.unit == free.size)
 
 
@@ -88,8 +90,8 @@ def test_bands_hold_their_ranks_and_deal_them(case):
     found = ranking.banded([64, 64])
     assert sorted(found[:64].tolist()) == list(range(64, 128))
     assert sorted(found[64:].tolist()) == list(range(64))
-    assert torch.equal(ranking.banded([64, 64], deals=False), ranking.order)
-    # Dealt: the first vector of a band holds its loudest column and one from every quarter of the band.
+    assert torch.equal(ranking.banded([64, 64], interleaves=False), ranking.order)
+    # Interleaved: the first vector of a band holds its highest-energy column and one from every quarter of the band.
     assert sorted((127 - found[:4]).tolist()) == [0, 16, 32, 48]
 
 
@@ -104,13 +106,13 @@ def test_uneven_groups_are_cut_and_even_or_tied_ones_are_not(case):
 def test_orders_for_segments_fold_and_compose(case):
     name = next(spec.name for spec in case.specs if spec.name.endswith(f"layers.0.{DOWN}"))
     plan = plan_bits(case.specs, {}, overrides=[(name, "2,6,8@64+2,4,8")])
-    then = cut_orders(case.ranks, plan, deals=True)
+    then = segment_permutations(case.ranks, plan, interleaves=True)
     (order,) = [free for free, ranking in case.ranks.items() if name in ranking.readers]
     assert set(then) == {order}
     assert set(then[order][:64].tolist()) == set(case.ranks[order].order[:64].tolist())
     twice, once = copy.deepcopy(case.model), copy.deepcopy(case.before)
-    deal_model(twice, case.family, case.config, then)
-    deal_model(once, case.family, case.config, composed(case.orders, then))
+    permute_model(twice, case.family, case.config, then)
+    permute_model(once, case.family, case.config, composed(case.permutations, then))
     for (key, parameter), other in zip(twice.named_parameters(), once.parameters(), strict=True):
         assert torch.equal(parameter, other), key
     for found, expected in zip(case.logits(twice), case.logits(case.before)):
@@ -120,4 +122,4 @@ def test_orders_for_segments_fold_and_compose(case):
 
 
 def test_without_segments_nothing_is_ordered_again(case):
-    assert cut_orders(case.ranks, plan_bits(case.specs, {}), deals=True) == {}
+    assert segment_permutations(case.ranks, plan_bits(case.specs, {}), interleaves=True) == {}

@@ -25,8 +25,8 @@ def seen(monkeypatch):
     found = {"pairs": [], "held_out": [], "gates": []}
     collect, statistics = drift_solver.collect_pairs, drift_solver.collect_loss_statistics
 
-    def pairs(model, full, inputs, asked, masses):
-        result = collect(model, full, inputs, asked, masses)
+    def pairs(model, full, inputs, asked, token_weights):
+        result = collect(model, full, inputs, asked, token_weights)
         found["pairs"].append((inputs, result))
         return result
 
@@ -57,10 +57,10 @@ def test_pictures_that_gate_descent_are_in_nothing_it_is_fitted_to(tiny_qwen2_vl
     ((fit, gate),) = seen["gates"]
     inputs, held = seen["held_out"][-1]
     assert list(held) == gate_samples(inputs)
-    assert all(len(own) == 2 * len(held) for own in gate.probes), "two drawn answers a held-out sample"
+    assert all(len(own) == 2 * len(held) for own in gate.gradient_samples), "two drawn answers a held-out sample"
     whole_inputs, whole = seen["pairs"][-1]
     assert len(whole_inputs) == 2 * count
-    group = next(g for g, pair in whole.items() if torch.equal(pair.whole.moment / pair.whole.mass, fit.moment))
+    group = next(g for g, pair in whole.items() if torch.equal(pair.whole.moment / pair.whole.token_weight, fit.moment))
     if count < 4:
         assert len(held) == 2 * count
         assert torch.equal(fit.fitted, fit.moment)
@@ -70,6 +70,6 @@ def test_pictures_that_gate_descent_are_in_nothing_it_is_fitted_to(tiny_qwen2_vl
     apart = {inputs[number].picture_digest for number in held}
     assert len(apart) == 2
     assert {one.picture_digest for one in fitted_inputs} == {one.picture_digest for one in inputs} - apart
-    assert torch.equal(fit.fitted, fitted[group].whole.moment / fitted[group].whole.mass)
+    assert torch.equal(fit.fitted, fitted[group].whole.moment / fitted[group].whole.token_weight)
     assert not torch.equal(fit.fitted, fit.moment)
     assert fit.is_coupled

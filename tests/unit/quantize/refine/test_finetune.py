@@ -13,7 +13,7 @@ import torch
 from heard_progress import Heard
 
 from toolchain.calibration.gradients import answer_scores
-from toolchain.calibration.held_out import mending_split
+from toolchain.calibration.held_out import refinement_split
 from toolchain.calibration.inputs import calibration_inputs
 from toolchain.calibration.manifest import read_manifest
 from toolchain.checkpoint.folder import open_checkpoint
@@ -27,19 +27,19 @@ from toolchain.quantize.checkpoint import quantize_checkpoint
 from toolchain.quantize.driver.request import QuantizeSettings
 from toolchain.quantize.refine.finetune import fine_tune
 from toolchain.quantize.refine.finetune_loss import teacher_target
-from toolchain.quantize.refine.finetune_settings import TuneSettings
+from toolchain.quantize.refine.finetune_settings import FineTuneSettings
 from toolchain.quantize.refine.finetune_state import packed, unpacked
 from toolchain.values import BitPlan
 from toolchain.vq.divergence import token_divergences
 from toolchain.vq.weights import Options
 
 # The tiny model's weights are random, so that its answers say little and little data is enough: rates may be high.
-FAST = TuneSettings(epochs=3, batch=2, table_rate=1e-2, scale_rate=1e-2, kept_rate=1e-2, save_every=1)
+FAST = FineTuneSettings(epochs=3, batch=2, codebook_rate=1e-2, scale_rate=1e-2, kept_rate=1e-2, save_every=1)
 
 
 @pytest.fixture(scope="module")
 def quantized(tiny_qwen2_vl, tiny_manifest, tmp_path_factory):
-    """Folder of the tiny model with tables of both kinds. Read only."""
+    """Folder of the tiny model with codebooks of both kinds. Read only."""
     folder = tmp_path_factory.mktemp("tuned") / "quantized"
     overrides = [("*", "4,8,8"), ("*mlp*", "2,6,6")]
     options = Options(rounds=1, lloyd_rounds=2, samples=2_000)
@@ -93,7 +93,7 @@ def test_it_gets_nearer_on_all_samples_and_on_those_held_out(quantized, teacher,
 
 def test_what_is_reported_is_what_the_model_does(teacher, inputs, quantized, tuned):
     model, result, _ = tuned
-    _, held, pictures = mending_split(inputs)
+    _, held, pictures = refinement_split(inputs)
     apart = [inputs[i] for i in held]
     assert (result.held_out_pictures, result.held_out_samples) == (pictures, len(held)) == (1, 2)
     assert result.after == pytest.approx(divergence(model, teacher, apart), rel=1e-3)
@@ -172,7 +172,7 @@ def test_the_state_of_another_run_is_refused(quantized, teacher, inputs, tuned):
 def test_where_nothing_is_better_nothing_changes(quantized, teacher, inputs):
     model = load_quantized(quantized)
     before, wanted = bytes_of(model), [p.requires_grad for p in model.parameters()]
-    wild = dataclasses.replace(FAST, epochs=2, table_rate=0.3, scale_rate=0.3, kept_rate=0.3)
+    wild = dataclasses.replace(FAST, epochs=2, codebook_rate=0.3, scale_rate=0.3, kept_rate=0.3)
     result = fine_tune(model, teacher, inputs, wild)
     assert not result.improved
     assert (result.after, result.loss_after, result.best_step) == (result.before, result.loss_before, 0)
@@ -181,7 +181,7 @@ def test_where_nothing_is_better_nothing_changes(quantized, teacher, inputs):
 
 
 def test_it_ends_when_nothing_gets_better(quantized, teacher, inputs):
-    wild = dataclasses.replace(FAST, epochs=9, patience=1, table_rate=0.3, scale_rate=0.3, kept_rate=0.3)
+    wild = dataclasses.replace(FAST, epochs=9, patience=1, codebook_rate=0.3, scale_rate=0.3, kept_rate=0.3)
     assert fine_tune(load_quantized(quantized), teacher, inputs, wild).steps == 5
 
 
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(quantized, teacher
     norm = next(p for name, p in model.named_parameters() if name.endswith("norm.weight"))
     norm.data[0] = math.inf
     before = bytes_of(model)
-    with pytest.raises(NumericGateError, match="step 1: expected a finite loss, found nan; lower table_rate"):
+    with pytest.raises(NumericGateError, match="step 1: expected a finite loss, found nan; lower codebook_rate"):
         fine_tune(model, teacher, inputs, FAST)
     assert bytes_of(model) == before
 
@@ -209,9 +209,9 @@ def test_what_cannot_be_tuned_is_refused(quantized, teacher, inputs):
     with pytest.raises(UsageError, match="no quantized layer"):
         fine_tune(teacher, teacher, inputs, FAST)
     with pytest.raises(UsageError, match="epochs: expected at least 1, found 0"):
-        TuneSettings(epochs=0)
+        FineTuneSettings(epochs=0)
     with pytest.raises(UsageError, match="warm_up: expected a share from 0 to below 1"):
-        TuneSettings(warm_up=1.0)
+        FineTuneSettings(warm_up=1.0)
 
 
 def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
@@ -222,5 +222,5 @@ def test_without_an_answer_the_next_token_counts(quantized, teacher, inputs):
         torch.testing.assert_close(target.log_probabilities[-1:], answer_scores(teacher, bare[0]))
         result = fine_tune(load_quantized(quantized), teacher, bare, settings)
         assert result.before == pytest.approx(
-            divergence(load_quantized(quantized), teacher, [bare[i] for i in mending_split(bare)[1]]), rel=1e-3
+            divergence(load_quantized(quantized), teacher, [bare[i] for i in refinement_split(bare)[1]]), rel=1e-3
         )

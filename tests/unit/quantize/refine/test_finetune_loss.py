@@ -13,10 +13,10 @@ from toolchain.checkpoint.loading import load_model
 from toolchain.models.configs import read_config
 from toolchain.models.registry import family_for
 from toolchain.quantize.refine.finetune_loss import sample_loss, teacher_target, text_tokens
-from toolchain.quantize.refine.finetune_settings import TuneSettings
+from toolchain.quantize.refine.finetune_settings import FineTuneSettings
 from toolchain.vq.divergence import log_probabilities, token_divergences
 
-FAST = TuneSettings()
+FAST = FineTuneSettings()
 
 
 def test_text_is_what_stands_after_the_picture(tiny_qwen2_vl, tiny_manifest):

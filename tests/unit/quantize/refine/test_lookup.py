@@ -14,11 +14,11 @@ from toolchain.checkpoint.modules import VQLinear, decode_weight
 from toolchain.quantize.refine.lookup import (
     TunedWeights,
     lookup_indices,
-    rounded_table,
+    rounded_codebook,
     rounded_to,
     scaled_lookup,
+    straight_through,
     sum_by_entry,
-    through,
 )
 from toolchain.values import CODES, VQCode
 from toolchain.vq import format as vq_format
@@ -33,8 +33,8 @@ def filled(code: VQCode, rows: int, columns: int, seed: int = 0) -> VQLinear:
 def test_the_lookup_is_the_format_bit_for_bit(name, rows, columns, seed):
     module = filled(CODES[name], rows, columns, seed)
     indices = lookup_indices(module)
-    found = scaled_lookup(module.table.float(), module.scales.float(), indices, columns)
-    stored = (module.codes, module.table, module.scales, module.code, rows, columns)
+    found = scaled_lookup(module.codebook.float(), module.scales.float(), indices, columns)
+    stored = (module.codes, module.codebook, module.scales, module.code, rows, columns)
     assert torch.equal(found, decode_weight(*stored, torch.float32))
     defined = vq_format.decode(*(x.numpy() for x in stored[:3]), module.code, rows, columns)
     assert torch.equal(found, torch.from_numpy(defined))
@@ -45,11 +45,13 @@ def test_the_lookup_is_the_format_bit_for_bit(name, rows, columns, seed):
 def test_gradients_are_those_of_the_obvious_decoder(name, columns):
     module = filled(CODES[name], 130, columns)
     indices = lookup_indices(module)
-    table, scales = (x.double().requires_grad_() for x in (module.table, module.scales))
+    codebook, scales = (x.double().requires_grad_() for x in (module.codebook, module.scales))
     weighting = torch.randn(130, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = (table[indices.long()].reshape(130, -1)[:, :columns] * scales[:, None] * weighting).sum()
-    expected = torch.autograd.grad(plain, (table, scales))
-    found = torch.autograd.grad((scaled_lookup(table, scales, indices, columns) * weighting).sum(), (table, scales))
+    plain = (codebook[indices.long()].reshape(130, -1)[:, :columns] * scales[:, None] * weighting).sum()
+    expected = torch.autograd.grad(plain, (codebook, scales))
+    found = torch.autograd.grad(
+        (scaled_lookup(codebook, scales, indices, columns) * weighting).sum(), (codebook, scales)
+    )
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -80,23 +82,23 @@ def test_sums_on_a_gpu_are_the_same_every_time():
 def test_straight_through_gives_the_stored_value_and_a_whole_gradient():
     exact = torch.tensor([0.1, 3e-9, -1e9], requires_grad=True)
     stored = torch.tensor([0.0, 1.0, 5.0])
-    found = through(exact, stored)
+    found = straight_through(exact, stored)
     assert torch.equal(found, stored)
     (found * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert exact.grad.tolist() == [1, 2, 3]
 
 
-def test_int8_tables_are_whole_numbers_within_reach_and_pull_no_further():
+def test_int8_codebooks_are_whole_numbers_within_reach_and_pull_no_further():
     exact = torch.tensor([[0.4, -1.6, 127.3, -300.0]], requires_grad=True)
-    found = rounded_table(exact, CODES["4,8,8"])
+    found = rounded_codebook(exact, CODES["4,8,8"])
     assert found.tolist() == [[0, -2, 127, -127]]
     found.sum().backward()
     assert exact.grad.tolist() == [[1, 1, 0, 0]]
 
 
-def test_float16_tables_are_float16_values():
+def test_float16_codebooks_are_float16_values():
     exact = torch.tensor([[1 / 3, 1000.3]])
-    found = rounded_table(exact, CODES["2,6,8"])
+    found = rounded_codebook(exact, CODES["2,6,8"])
     assert torch.equal(found, exact.half().float())
     assert torch.equal(rounded_to(exact, torch.bfloat16), exact.bfloat16().float())
 
@@ -112,7 +114,7 @@ def moved(tuned: TunedWeights, seed: int = 0) -> None:
 
 
 class WithNorm(TinyModel):
-    """The tiny model behind a norm whose bias starts at zero, and a position table that is not to be tuned."""
+    """The tiny model behind a norm whose bias starts at zero, and a position codebook that is not to be tuned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ def test_what_is_stored_computes_what_was_installed():
     tuned.store(tuned.copied())
     with torch.no_grad():
         assert torch.equal(model(IDS), installed)
-    assert model.k.table is model.q.table
+    assert model.k.codebook is model.q.codebook
     assert model.head.scales is model.embed.scales
     assert all(bool((m.scales >= 0).all()) for m in tuned.modules.values())
     assert torch.equal(model.norm.bias, model.norm.bias.half().float())
@@ -180,30 +182,30 @@ def test_a_zero_scale_stays_zero():
     assert bool((model.q.scales[:5] > 0).all())
 
 
-def test_a_shared_tables_gradient_is_the_sum_over_all_that_use_it():
-    """mix and down share a table here; each one's part is what autograd gives it alone."""
+def test_a_shared_codebooks_gradient_is_the_sum_over_all_that_use_it():
+    """mix and down share a codebook here; each one's part is what autograd gives it alone."""
     model = WithNorm()
-    model.down.table_id, model.down.table = "t2", model.mix.table
+    model.down.codebook_id, model.down.codebook = "t2", model.mix.codebook
     hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     tuned = TunedWeights(model, torch.float32)
     tuned.install()
     (model.mix(hidden).square().mean() + model.down(hidden[:, :192]).square().mean()).backward()
     tuned.backward()
-    start = model.mix.table.float()
+    start = model.mix.codebook.float()
     parts = []
     for module, x in ((model.mix, hidden), (model.down, hidden[:, :192])):
-        table = start.clone().requires_grad_()
-        weight = table[lookup_indices(module).long()].reshape(module.rows, -1)[:, : module.columns]
+        codebook = start.clone().requires_grad_()
+        weight = codebook[lookup_indices(module).long()].reshape(module.rows, -1)[:, : module.columns]
         y = x @ (weight * module.scales.float()[:, None]).T
         (y + (0 if module.bias is None else module.bias.detach())).square().mean().backward()
-        parts.append(table.grad * start.square().mean().sqrt())
-    found = tuned.offsets["tables"]["t2"].grad
+        parts.append(codebook.grad * start.square().mean().sqrt())
+    found = tuned.offsets["codebooks"]["t2"].grad
     torch.testing.assert_close(found, parts[0] + parts[1], rtol=1e-4, atol=1e-6 * float(found.abs().max()))
     assert all(float(part.abs().max()) > 0 for part in parts)
     moved(tuned)
     tuned.store(tuned.copied())
-    assert model.down.table is model.mix.table
-    assert not torch.equal(model.mix.table.float(), start)
+    assert model.down.codebook is model.mix.codebook
+    assert not torch.equal(model.mix.codebook.float(), start)
     tuned.release()
 
 
@@ -221,6 +223,6 @@ def test_a_tied_head_and_its_embedding_pull_together():
     torch.testing.assert_close(
         tuned.offsets["scales"]["embed"].grad, (weight.grad * weight.detach()).sum(dim=1), rtol=1e-4, atol=1e-7
     )
-    assert tuned.offsets["tables"]["t0"].grad is not None
-    assert tuned.offsets["tables"]["t3"].grad is None  # gate and up are not run
+    assert tuned.offsets["codebooks"]["t0"].grad is not None
+    assert tuned.offsets["codebooks"]["t3"].grad is None  # gate and up are not run
     tuned.release()

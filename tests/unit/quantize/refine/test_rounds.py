@@ -11,7 +11,7 @@ from quantized_tiny import groups_of, quantized_tiny
 
 from toolchain.calibration.activations import collect_pairs, survey_inputs
 from toolchain.calibration.gradients import collect_loss_statistics
-from toolchain.calibration.held_out import mending_split
+from toolchain.calibration.held_out import refinement_split
 from toolchain.calibration.inputs import calibration_inputs
 from toolchain.calibration.manifest import read_manifest
 from toolchain.calibration.moments import collect_moments
@@ -80,12 +80,12 @@ def turn(setting, pieces, options=None, row_factors=None, specs=None):
 
 def held_out(setting):
     with keep_decoded(setting.model):
-        return divergence_of(setting.model, setting.scores, setting.inputs, mending_split(setting.inputs)[1])
+        return divergence_of(setting.model, setting.scores, setting.inputs, refinement_split(setting.inputs)[1])
 
 
 def stored_bytes(setting):
     found = stored_weights(setting.model, setting.names)
-    return [t.numpy().tobytes() for w in found.values() for t in (w.codes, w.table, w.scales)]
+    return [t.numpy().tobytes() for w in found.values() for t in (w.codes, w.codebook, w.scales)]
 
 
 def test_a_group_as_a_solution_decodes_to_its_modules(setting):
@@ -163,10 +163,10 @@ def measured(setting, teacher):
     """Statistics collected when they are asked for, as a run collects them."""
     own, linears = setting, [spec for spec in setting.specs if spec.kind != "embedding" and not spec.tied_to]
     linears = [spec for spec in linears if spec.group != own.specs[0].group]
-    masses = survey_inputs(teacher, own.inputs, linears).masses
+    token_weights = survey_inputs(teacher, own.inputs, linears).token_weights
 
     def moments(specs):
-        pairs = collect_pairs(own.model, None, own.inputs, specs, masses)
+        pairs = collect_pairs(own.model, None, own.inputs, specs, token_weights)
         return {group: pair.whole.moment for group, pair in pairs.items()}
 
     def factors(specs):
@@ -188,13 +188,13 @@ def test_the_bytes_of_a_groups_statistics_are_counted():
 
 @pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
 def test_stretches_change_no_bit(prepared, teacher, tmp_path):
-    """All groups at once, several, and one at a time: the same codes, tables, scales and divergences."""
+    """All groups at once, several, and one at a time: the same codes, codebooks, scales and divergences."""
     found = []
     before = stored_weights(prepared.model, prepared.names)
     for size in (1 << 40, 1 << 20, 1):
         statistics, linears = measured(prepared, teacher)
         pieces = ObjectStore(tmp_path / str(size), {}).under("round")
-        options = RoundOptions(steps=(0.4,), stretch_bytes=size)
+        options = RoundOptions(steps=(0.4,), batch_bytes=size)
         own = prepared
         result = jacobi_round(own.model, own.scores, own.inputs, statistics, linears, own.plan, pieces, options, seed=0)
         found.append((stored_bytes(own), result.divergences, result.step, result.changed))
@@ -208,7 +208,7 @@ def test_a_damaged_shift_is_made_again(prepared, teacher, tmp_path):
     """A round stopped while groups move, one of its shifts damaged since: the same bytes as one that was not."""
     own, before = prepared, stored_weights(prepared.model, prepared.names)
     statistics, linears = measured(own, teacher)
-    options, found = RoundOptions(steps=(0.4,), stretch_bytes=1 << 20), []
+    options, found = RoundOptions(steps=(0.4,), batch_bytes=1 << 20), []
 
     def turned(folder, progress=SILENT):
         pieces = ObjectStore(tmp_path / folder, {}).under("round")
@@ -245,7 +245,7 @@ def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monke
         return sum(one() is not None for one in seen)
 
     def moments(specs):
-        alive.append((len({spec.group for spec in specs}), left() - len(specs)))  # this stretch's own G a layer
+        alive.append((len({spec.group for spec in specs}), left() - len(specs)))  # this layer batch's own G a layer
         found = plain.moments(specs)
         watched(found.values())
         return found
@@ -271,12 +271,12 @@ def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monke
     for name, function in (("kl_gradients", gradients), ("newton_step", step), ("moved_group", moved)):
         monkeypatch.setattr(f"toolchain.quantize.refine.rounds.{name}", function)
     pieces = ObjectStore(tmp_path / "run", {}).under("round")
-    options = RoundOptions(steps=(0.4,), stretch_bytes=1)
+    options = RoundOptions(steps=(0.4,), batch_bytes=1)
     statistics = Statistics(moments, factors, 128)
     jacobi_round(own.model, own.scores, own.inputs, statistics, linears, own.plan, pieces, options, seed=0)
     store_weights(own.model, before, own.plan)
     groups = len(grouped(linears))
-    assert alive == [(1, 0)] * (2 * groups), "one group a stretch, and nothing of the one before"
+    assert alive == [(1, 0)] * (2 * groups), "one group a layer_batch, and nothing of the one before"
     assert moving == [0] * groups, "what moves comes from its piece"
     assert len(seen) >= 3 * groups
     assert not list((tmp_path / "run").glob("round.shift.*")), "shifts go as their groups have moved"
@@ -284,7 +284,9 @@ def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monke
 
 def test_what_is_stored_is_what_the_model_computes_with(setting):
     before = stored_weights(setting.model, setting.names)
-    moved = {name: type(w)(w.code, w.rows, w.columns, w.codes.roll(7), w.table, w.scales) for name, w in before.items()}
+    moved = {
+        name: type(w)(w.code, w.rows, w.columns, w.codes.roll(7), w.codebook, w.scales) for name, w in before.items()
+    }
     first = held_out(setting)
     store_weights(setting.model, moved, setting.plan)
     second = held_out(setting)

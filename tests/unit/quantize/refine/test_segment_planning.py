@@ -8,13 +8,13 @@ from layer_problems import random_layer
 
 from toolchain.bits.bitplan import plan as plan_bits
 from toolchain.quantize.mgvq.bit_plan import CODES_OFFERED
-from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, dry_segments, expected_loss, quick
+from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, expected_loss, proxy_segments, quick
 from toolchain.quantize.mgvq.sensitivity import Sensitivity
-from toolchain.quantize.refine.segment_orders import Ranking
+from toolchain.quantize.refine.segment_permutations import Ranking
 from toolchain.quantize.refine.segment_planning import Planner
 from toolchain.quantize.refine.segmentation import segment_units
 from toolchain.values import LayerSpec, VQCode, parse_format
-from toolchain.vq.interleave import deal_order
+from toolchain.vq.interleave import interleaved_permutation
 from toolchain.vq.segments import damped_square, quantize_segments
 from toolchain.vq.solve import quantize_group
 from toolchain.vq.weights import WORST, Options
@@ -24,8 +24,8 @@ SPECS = (
     LayerSpec("b", "vision", "linear", 64, 64, "b", 0),
 )
 WEIGHT, MOMENT = random_layer(64, 192, 0)
-LOUD = torch.arange(192).flip(0)  # the loudest column last
-# Units of "a" as loud as 200, 10 and 1; a single code has dealt all of it at twice what cutting leaves.
+LOUD = torch.arange(192).flip(0)  # the highest-energy column last
+# Units of "a" as loud as 200, 10 and 1; a single code has interleaved all of it at twice what cutting leaves.
 UNITS = [2e-2, 1e-3, 1e-4]
 
 
@@ -78,7 +78,7 @@ TEXT = "2,6,8@64+2,4,8@64+2,3,8"
 
 
 def run(text: str, order: torch.Tensor) -> list[float]:
-    return dry_segments(
+    return proxy_segments(
         [WEIGHT[:, order]], MOMENT[order][:, order], text, quick(Options()), torch.Generator().manual_seed(0)
     )
 
@@ -99,11 +99,11 @@ def test_a_dry_run_that_loses_what_its_units_said_confirms_their_sum(belief):
 
 
 def test_a_dry_run_foretells_the_real_ones():
-    """Short runs of narrow segments, whose tables fit far better than stand-ins would say: within a fourth."""
-    order = deal_order(MOMENT.diagonal(), 4)
+    """Short runs of narrow segments, whose codebooks fit far better than proxy codes would say: within a fourth."""
+    order = interleaved_permutation(MOMENT.diagonal(), 4)
     weight, moment = WEIGHT[:, order], MOMENT[order][:, order]
     generator = torch.Generator().manual_seed(1)
-    foretold = dry_segments([weight], moment, TEXT, quick(Options()), generator)
+    foretold = proxy_segments([weight], moment, TEXT, quick(Options()), generator)
     options = Options(rounds=2, lloyd_rounds=4, samples=4_000)
     real = quantize_segments([weight], moment, parse_format(TEXT, 192), options, generator).losses
     assert foretold == pytest.approx(real, rel=0.25)

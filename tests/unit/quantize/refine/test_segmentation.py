@@ -70,7 +70,7 @@ def test_uneven_columns_are():
 
 
 def test_what_dealing_gains_is_not_paid_again():
-    """Where one dealt code has already what cutting would give, nothing is offered."""
+    """Where one interleaved code has already what cutting would give, nothing is offered."""
     units = [100.0, 20.0, 5.0, 2.0, 1.0, 0.5]
     assert offered(384, units, dealt=0.2) == {}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layer_problems import random_layer, random_moment
 
-from toolchain.calibration.gradients import Probe
+from toolchain.calibration.gradients import GradientSample
 from toolchain.quantize.driver.sequence import group_generator
 from toolchain.quantize.mgvq.proxy import quick
 from toolchain.quantize.refine.unit_losses import RankedGroup, fisher_units, measure_units
@@ -18,11 +18,11 @@ from toolchain.vq.weights import WORST, Options
 CODES = [VQCode(2, 4, 4), VQCode(4, 8, 8)]
 
 
-def probes(rows: int, columns: int, seed: int) -> list[Probe]:
+def gradient_samples(rows: int, columns: int, seed: int) -> list[GradientSample]:
     generator = torch.Generator().manual_seed(seed)
     marks = torch.tensor([True] * 5 + [False] * 4)
     return [
-        Probe(torch.randn(9, rows, generator=generator), torch.randn(9, columns, generator=generator), marks)
+        GradientSample(torch.randn(9, rows, generator=generator), torch.randn(9, columns, generator=generator), marks)
         for _ in range(6)
     ]
 
@@ -33,7 +33,7 @@ def group() -> RankedGroup:
     generator = torch.Generator().manual_seed(2)
     moments = {"text": random_moment(192, generator), "image": random_moment(192, generator)}
     order = torch.randperm(192, generator=generator)
-    return RankedGroup(weights, moments, [probes(40, 192, 3), probes(24, 192, 4)], order)
+    return RankedGroup(weights, moments, [gradient_samples(40, 192, 3), gradient_samples(24, 192, 4)], order)
 
 
 def measured(case: RankedGroup, scale: float = 1.0, **options):
@@ -64,7 +64,10 @@ def test_gradients_in_factors_are_gradients(found):
     case = group()
     error = torch.randn(64, 192, generator=torch.Generator().manual_seed(5))
     dense = torch.stack(
-        [torch.cat([probe.outputs.T @ probe.inputs for probe in pair])[:, case.order] for pair in zip(*case.probes)]
+        [
+            torch.cat([gradient_sample.outputs.T @ gradient_sample.inputs for gradient_sample in pair])[:, case.order]
+            for pair in zip(*case.gradient_samples)
+        ]
     )
     expected = fisher_losses(error, dense, [64, 64, 64])
     torch.testing.assert_close(fisher_units(case, error, [64, 64, 64], None), expected, rtol=1e-4, atol=0)
@@ -73,7 +76,10 @@ def test_gradients_in_factors_are_gradients(found):
 def test_a_modality_is_its_tokens_alone():
     case = group()
     error = torch.randn(64, 192, generator=torch.Generator().manual_seed(6))
-    text_only = [[probe.of_tokens(~probe.is_image) for probe in layer] for layer in case.probes]
+    text_only = [
+        [gradient_sample.of_tokens(~gradient_sample.is_image) for gradient_sample in layer]
+        for layer in case.gradient_samples
+    ]
     other = RankedGroup(case.weights, case.moments, text_only, case.order)
     found = fisher_units(case, error, [64, 64, 64], "text")
     torch.testing.assert_close(found, fisher_units(other, error, [64, 64, 64], None))
@@ -82,7 +88,7 @@ def test_a_modality_is_its_tokens_alone():
 
 def test_units_that_no_loss_reaches_count_by_what_their_output_loses():
     case = group()
-    silent = [[Probe(0 * p.outputs, p.inputs, p.is_image) for p in layer] for layer in case.probes]
+    silent = [[GradientSample(0 * p.outputs, p.inputs, p.is_image) for p in layer] for layer in case.gradient_samples]
     found = measured(RankedGroup(case.weights, case.moments, silent, case.order))
     for code in map(str, CODES):
         assert sum(found.losses[code]) > 0

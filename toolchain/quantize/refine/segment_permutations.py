@@ -10,34 +10,37 @@ from torch import Tensor, nn
 
 from toolchain.models.configs import Config
 from toolchain.models.family import Family
-from toolchain.models.permutations import column_order, combined_energies
+from toolchain.models.permutations import column_permutation, combined_energies
 from toolchain.quantize.refine.segmentation import energy_spread
 from toolchain.values import BitPlan, LayerSpec, parse_format
-from toolchain.vq.interleave import VECTOR, deal_order
+from toolchain.vq.interleave import VECTOR, interleaved_permutation
 from toolchain.vq.weights import Options
 
 
-def energies_now(
+def permuted_energies(
     family: Family,
     config: Config,
     specs: Sequence[LayerSpec],
     energies: Mapping[str, Tensor],
-    orders: Mapping[str, Tensor],
+    permutations: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Group → energies float32[n] of the columns as `orders` have put them, from those of the columns as they were."""
+    """Group → energies float32[n] of the columns as `permutations` have put them, from those of the columns as they
+    were.
+    """
     group_of = {spec.name: spec.group for spec in specs if spec.kind != "embedding"}
     found = dict(energies)
-    for free in family.free_orders(config):
+    for free in family.free_permutations(config):
         for reader in free.readers:
             group = group_of.get(reader)
-            if group is not None and free.name in orders and group in energies:
-                found[group] = energies[group][column_order(free, reader, orders[free.name])]
+            if group is not None and free.name in permutations and group in energies:
+                found[group] = energies[group][column_permutation(free, reader, permutations[free.name])]
     return found
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A free order by sensitivity: `order[new] = now` int64[size], loudest first; `energies` float32[size], as now.
+    """A free permutation by sensitivity: `order[new] = now` int64[size], most energy first; `energies` float32[size],
+    as now.
 
     `readers` are the layers whose columns it is, one to one.
     """
@@ -46,21 +49,23 @@ class Ranking:
     energies: Tensor
     readers: tuple[str, ...]
 
-    def banded(self, widths: Sequence[int], deals: bool = True) -> Tensor:
-        """int64[size], `order[new] = now`: the loudest columns first, dealt over vectors inside each band."""
+    def banded(self, widths: Sequence[int], interleaves: bool = True) -> Tensor:
+        """int64[size], `order[new] = now`: the columns of most energy first, interleaved over vectors inside each
+        band.
+        """
         bands = self.order.split(list(widths))
-        if not deals:
+        if not interleaves:
             return self.order
-        return torch.cat([band[deal_order(self.energies[band], VECTOR)] for band in bands])
+        return torch.cat([band[interleaved_permutation(self.energies[band], VECTOR)] for band in bands])
 
 
 def rank_columns(
     model: nn.Module, family: Family, config: Config, specs: Sequence[LayerSpec], energies: Mapping[str, Tensor]
 ) -> dict[str, Ranking]:
-    """Free order → its ranking, of those whose columns may go anywhere.
+    """Free permutation → its ranking, of those whose columns may go anywhere.
 
     A column's sensitivity is H_jj ‖W_:j‖², what the layer's output loses with it; divided by a reader's mean, then
-    averaged over readers (`orders.combined_energies`).
+    averaged over readers (`permutations.combined_energies`).
 
     Args:
         energies: group → float32[n], diag H, columns as the model has them.
@@ -71,7 +76,7 @@ def rank_columns(
             weight = model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float()
             importance[spec.name] = energies[spec.group] * weight.square().sum(dim=0)
     found = {}
-    for free in family.free_orders(config):
+    for free in family.free_permutations(config):
         if free.unit != free.size or free.size % VECTOR:
             continue
         readers = {reader: float(reader in importance) for reader in free.readers}
@@ -101,8 +106,10 @@ def groups_to_cut(
     return found
 
 
-def cut_orders(rankings: Mapping[str, Ranking], plan: BitPlan, deals: bool) -> dict[str, Tensor]:
-    """Free order → `order[new] = now`, of those that some reader's segments need sorted; bands at all boundaries."""
+def segment_permutations(rankings: Mapping[str, Ranking], plan: BitPlan, interleaves: bool) -> dict[str, Tensor]:
+    """Free permutation → `order[new] = now`, of those that some reader's segments need sorted; bands at all
+    boundaries.
+    """
     found = {}
     for name, ranking in rankings.items():
         cuts = set()
@@ -112,10 +119,12 @@ def cut_orders(rankings: Mapping[str, Ranking], plan: BitPlan, deals: bool) -> d
                 cuts |= {segment.first for segment in parse_format(layer.code, layer.columns)}
         if cuts:
             ends = [*sorted(cuts - {0}), len(ranking.order)]
-            found[name] = ranking.banded([b - a for a, b in zip([0, *ends], ends)], deals)
+            found[name] = ranking.banded([b - a for a, b in zip([0, *ends], ends)], interleaves)
     return found
 
 
-def composed(orders: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Free order → the order that `orders` and, after them, `then` come to."""
-    return dict(orders) | {name: orders[name][order] if name in orders else order for name, order in then.items()}
+def composed(permutations: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Free permutation → the order that `permutations` and, after them, `then` come to."""
+    return dict(permutations) | {
+        name: permutations[name][order] if name in permutations else order for name, order in then.items()
+    }
