@@ -1,10 +1,23 @@
-"""A tiny Qwen2-VL with random weights, saved the way a published checkpoint is, and a manifest of drawn pictures."""
+"""Checkpoints and runs that many tests read, made once a process, and which tests share a process for them.
+
+Tests run on two processes of one thread each (pyproject.toml). A file's tests go to one process, and the files that
+need the same dear fixture go to the same one; those that take longest are begun first.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+# Before torch is imported, here and in what tests start: with two threads beside another process the search for trellis
+# paths took 13 to 80 times as long as with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import numpy as np
 import pytest
@@ -12,6 +25,82 @@ import torch
 from tiny_architecture import TINY_TEXT, tiny_config
 
 from toolchain.demo import architecture, task
+
+ROOT = Path(__file__).parents[1]
+# Fixture → the group of tests that share a process for it, the dearest first.
+SHARED = {"reader": "demo", "line": "tiny lines", "emulated_kernels": "emulated kernels"}
+# Files that take longest come before the others.
+LONG = (
+    "quantize/test_line.py",
+    "quantize/test_resume.py",
+    "quantize/test_codebook_choices.py",
+    "refine/test_rounds.py",
+)
+LONG_SECONDS = 20
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test in the group of the dearest fixture that its file shares, or of its file; long groups first."""
+    groups: dict[str, str] = {}
+    for item in items:
+        shared = next((SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())), None)
+        if shared and list(SHARED.values()).index(shared) < _rank(groups.get(str(item.path))):
+            groups[str(item.path)] = shared
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups.get(str(item.path), str(item.path))))
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        lengths = [number for number, name in enumerate(LONG) if str(item.path).endswith(name)]
+        return _rank(groups.get(str(item.path))), lengths[0] if lengths else len(LONG)
+
+    items.sort(key=place)
+
+
+def _rank(group: str | None) -> int:
+    return list(SHARED.values()).index(group) if group else len(SHARED)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Name the tests that take long and do not say why (`@pytest.mark.slow(reason=…)`)."""
+    passed = terminalreporter.stats.get("passed", [])
+    long = [one for one in passed if one.when == "call" and one.duration > LONG_SECONDS and "slow" not in one.keywords]
+    for one in long:
+        terminalreporter.line(f"{one.nodeid} took {one.duration:.0f} s and has no mark that says why")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A folder from which `toolchain/` can be named, as in a checkout, and what `mgvq demo` said there."""
+
+    folder: Path
+    demo: dict
+
+    def run(self, *arguments: str) -> str:
+        """stdout of a Python that was started there."""
+        return _run_python(self.folder, *arguments)
+
+
+def _run_python(folder: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=900, env=environment
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory) -> Reader:
+    """A reader's folder in which the README's first command has run. What is there is read only."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "toolchain").symlink_to(ROOT / "toolchain")
+    return Reader(folder, json.loads(_run_python(folder, "-m", "toolchain", "demo", "--format", "json")))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(reader) -> Path:
+    """The demo model's bundle for an 8 GB Orin Nano. Read only."""
+    return reader.folder / reader.demo["bundle"]
 
 
 @pytest.fixture(scope="session")

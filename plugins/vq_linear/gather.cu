@@ -1,5 +1,5 @@
 // Kernels that decode weight by weight, straight from the format's definition: dequantize (the oracle of the others) and
-// embedding; the merge of image features, and the read that measures the memory's roof.
+// embedding; and the read that measures the memory's roof.
 #include "vq_linear/kernels.h"
 #include "vq_linear/activations.cuh"
 #include "vq_linear/layout.h"
@@ -55,14 +55,6 @@ MGVQ_KERNEL(kThreads, 1) embedding_kernel(Stored w, const void* ids, bool ids_ar
   const bool inside = id >= 0 && id < w.rows;
   for (int64_t column = MGVQ_THREAD; column < w.columns; column += MGVQ_THREADS)
     store(out, place, w.first_column + column, inside ? weight_at(w, id, column) : 0.0f);
-}
-
-MGVQ_KERNEL(kThreads, 1) merge_kernel(Output embeddings, const void* features, const int32_t* place,
-                                      int64_t feature_count, int64_t width) {
-  const int64_t row = MGVQ_BLOCK, from = place[row];
-  if (from < 0 || from >= feature_count) return;
-  for (int64_t column = MGVQ_THREAD; column < width; column += MGVQ_THREADS)
-    store(embeddings, row, column, value_at(features, embeddings.type, from * width + column));
 }
 
 // Folded so that no load can be left out; the last writer of sink wins. Four loads of a thread are under way at once:
@@ -136,21 +128,6 @@ cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType i
     column += weight->segments[i].columns;
   }
   return cudaSuccess;
-}
-
-cudaError_t mgvq_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
-                                int64_t feature_count, int64_t width, MgvqType type, cudaStream_t stream) {
-  using namespace mgvq;
-  reason_text[0] = 0;
-  if (!is_floating(type)) return refuse("embeddings and features must be fp16, fp32 or bf16");
-  if (count < 0 || count > kMostBlocks || feature_count < 0 || width < 1) return refuse("a size is negative or too large");
-  if (count == 0) return cudaSuccess;
-  const auto size = static_cast<uintptr_t>(size_of(type));
-  if (!embeddings || (!features && feature_count) || !place || reinterpret_cast<uintptr_t>(embeddings) % size ||
-      reinterpret_cast<uintptr_t>(features) % size || reinterpret_cast<uintptr_t>(place) % 4)
-    return refuse("embeddings, features or place is null or not aligned to its element");
-  return launch(merge_kernel, static_cast<unsigned>(count), 1, kThreads, 0, stream,
-                Output{embeddings, width, type, false, nullptr, type}, features, place, feature_count, width);
 }
 
 cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStream_t stream) {

@@ -41,7 +41,7 @@ enum MgvqType : int32_t {
 };
 
 // Version of this header; a caller refuses a library with another one.
-inline constexpr int32_t kMgvqAbi = 2;
+inline constexpr int32_t kMgvqAbi = 3;
 MGVQ_API int32_t mgvq_abi();
 // Compute capabilities the library carries machine code for, ascending ("80 86 87"): a static string.
 MGVQ_API const char* mgvq_architectures();
@@ -76,11 +76,6 @@ MGVQ_API cudaError_t mgvq_dequantize(const MgvqMatrix* weight, void* out, int64_
 // 0..rows-1 gives a row of zeros.
 MGVQ_API cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType ids_type, int64_t count, void* out,
                                     MgvqType out_type, cudaStream_t stream);
-
-// embeddings[i, :] = features[place[i], :] where place[i] >= 0, else untouched: image features over their token positions.
-//   embeddings [count, width], features [feature_count, width], both of `type` (fp16, fp32 or bf16); place int32[count], below feature_count
-MGVQ_API cudaError_t mgvq_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
-                                         int64_t feature_count, int64_t width, MgvqType type, cudaStream_t stream);
 
 // Reads `bytes` (a multiple of 16) once and writes one checksum word to sink: the measured roof of `mgvq bench kernels`.
 MGVQ_API cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStream_t stream);

@@ -180,17 +180,3 @@ int mgvq_reference_embedding(const MgvqReferenceMatrix* weight, const int64_t* i
   }
   return 0;
 }
-
-int mgvq_reference_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
-                                  int64_t feature_count, int64_t row_bytes) {
-  reason[0] = '\0';
-  for (int64_t i = 0; i < count; ++i)
-    if (place[i] >= feature_count)
-      return refuse("place[%lld] is %d, expected below %lld", static_cast<long long>(i), place[i],
-                    static_cast<long long>(feature_count));
-  for (int64_t i = 0; i < count; ++i)
-    if (place[i] >= 0)
-      std::memcpy(static_cast<char*>(embeddings) + i * row_bytes,
-                  static_cast<const char*>(features) + place[i] * row_bytes, row_bytes);
-  return 0;
-}

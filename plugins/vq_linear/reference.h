@@ -53,7 +53,3 @@ MGVQ_REFERENCE_API int mgvq_reference_linear_float(const MgvqReferenceMatrix* we
 // out[i, :] = Ŵ[ids[i], :] float32[count, columns]; zeros where ids[i] is outside 0..rows-1.
 MGVQ_REFERENCE_API int mgvq_reference_embedding(const MgvqReferenceMatrix* weight, const int64_t* ids, int64_t count,
                                                 float* out);
-
-// embeddings[i, :] = features[place[i], :] where place[i] >= 0; rows of row_bytes bytes of any type.
-MGVQ_REFERENCE_API int mgvq_reference_merge_features(void* embeddings, const void* features, const int32_t* place,
-                                                     int64_t count, int64_t feature_count, int64_t row_bytes);

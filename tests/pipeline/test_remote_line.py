@@ -24,7 +24,7 @@ from toolchain.device.remote.store import read_tree
 from toolchain.files.folders import sha256_file
 
 MIB = 1 << 20
-pytestmark = [needs_rsync, pytest.mark.slow]
+pytestmark = [needs_rsync, pytest.mark.slow(reason="engines are built over ssh from the demo's bundle")]
 
 
 @pytest.fixture(scope="module")

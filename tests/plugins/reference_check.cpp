@@ -1,4 +1,4 @@
-// reference.cpp: fp16 by properties over all of its values, and decode, linear, embedding and merge on cases worked by hand.
+// reference.cpp: fp16 by properties over all of its values, and decode, linear and embedding on cases worked by hand.
 #include "vq_linear/reference.h"
 
 #include <cmath>
@@ -104,21 +104,13 @@ void linears_by_hand() {
   for (int i = 0; i < 256; ++i) EXPECT(single[i] == y[i], "element %d: %g and %g", i, single[i], y[i]);
 }
 
-void embedding_and_merge_by_hand() {
+void embedding_by_hand() {
   ByHand x;
   const int64_t ids[] = {123, -1, 3, 128};
   std::vector<float> rows(4 * 16, -1.0f);
   EXPECT(mgvq_reference_embedding(&x.matrix, ids, 4, rows.data()) == 0, "embedding");
   EXPECT(rows[2] == 1.5f && rows[3] == 2.0f && rows[2 * 16 + 2] == 0.5f, "rows 123 and 3");
   for (int i = 0; i < 16; ++i) EXPECT(rows[16 + i] == 0.0f && rows[48 + i] == 0.0f, "ids outside give zeros");
-  uint16_t embeddings[] = {1, 2, 3, 4, 5, 6};
-  const uint16_t features[] = {70, 80, 90, 100};
-  const int32_t place[] = {1, -1, 0}, wrong[] = {0, 2, -1};
-  EXPECT(mgvq_reference_merge_features(embeddings, features, place, 3, 2, 4) == 0, "merge");
-  const uint16_t merged[] = {90, 100, 3, 4, 70, 80};
-  EXPECT(std::memcmp(embeddings, merged, sizeof(merged)) == 0, "merged rows");
-  EXPECT(mgvq_reference_merge_features(embeddings, features, wrong, 3, 2, 4) == 1, "a place beyond the features");
-  EXPECT(std::memcmp(embeddings, merged, sizeof(merged)) == 0, "nothing written on a refusal");
 }
 
 void refusals_say_why() {
@@ -148,7 +140,7 @@ int main() {
   activations_are_clamped_then_rounded();
   decode_by_hand();
   linears_by_hand();
-  embedding_and_merge_by_hand();
+  embedding_by_hand();
   refusals_say_why();
   return report();
 }

@@ -150,14 +150,6 @@ cudaError_t mgvq_embedding(const MgvqMatrix* weight, const void* ids, MgvqType i
   return cudaSuccess;
 }
 
-cudaError_t mgvq_merge_features(void* embeddings, const void* features, const int32_t* place, int64_t count,
-                                int64_t feature_count, int64_t width, MgvqType type, cudaStream_t) {
-  const int64_t row_bytes = width * static_cast<int64_t>(size_of(type));
-  if (mgvq_reference_merge_features(embeddings, features, place, count, feature_count, row_bytes))
-    return refuse(mgvq_reference_reason());
-  return cudaSuccess;
-}
-
 cudaError_t mgvq_read(const void* data, int64_t bytes, uint32_t* sink, cudaStream_t) {
   if (bytes % 16) return refuse("bytes must be a multiple of 16");
   *sink = 0;

@@ -76,39 +76,6 @@ def allocate(units: Sequence[Sequence[Choice]], budget: int, *, cells: int = TAB
     return rounded if rounded.loss <= hull.loss else hull
 
 
-def allocate_exact(units: Sequence[Sequence[Choice]], budget: int, *, quantum: int | None = None) -> Allocation:
-    """Dynamic programming over the cost above that of the cheapest choices, in steps of `quantum`, rounded up.
-
-    best_u(q) = min over choices c of best_{u-1}(q − cost_c) + loss_c: units · choices · quanta operations, and a byte
-    of memory for each unit and quantum.
-
-    Args:
-        quantum: the greatest common divisor of the costs where absent, which makes the result exact.
-
-    Raises:
-        As `allocate`.
-    """
-    options = _worthwhile(units, budget)
-    step = _common_step(options)
-    chosen = step if quantum is None else quantum
-    if chosen < 1:
-        raise ShapeError(f"quantum {chosen}: expected a whole number of cost units, at least 1")
-    return _exact(options, budget, chosen, "rounded" if step % chosen else "exact")
-
-
-def allocate_hull(units: Sequence[Sequence[Choice]], budget: int) -> Allocation:
-    """Greedy: every unit starts at its cheapest choice; the step of most loss per cost that fits is taken, and again.
-
-    Steps run along the lower convex hull of a unit's choices, and go to any choice once the next of the hull no longer
-    fits. Its loss is above the least by less than one step's worth. Among equal steps the cheapest goes first, then
-    the first unit.
-
-    Raises:
-        As `allocate`.
-    """
-    return _hull(_worthwhile(units, budget), budget)
-
-
 def _worthwhile(units: Sequence[Sequence[Choice]], budget: int) -> list[list[_Option]]:
     """Every unit's choices from cheapest to dearest, without those that a cheaper one equals or betters."""
     kept = []
@@ -147,6 +114,11 @@ def _common_step(options: list[list[_Option]]) -> int:
 
 
 def _exact(options: list[list[_Option]], budget: int, quantum: int, how: str) -> Allocation:
+    """Dynamic programming over the cost above that of the cheapest choices, in steps of `quantum`, rounded up.
+
+    best_u(q) = min over choices c of best_{u-1}(q − cost_c) + loss_c: units · choices · quanta operations, and a byte
+    of memory for each unit and quantum.
+    """
     steps = [[-(-(option.cost - unit[0].cost) // quantum) for option in unit] for unit in options]
     spare = budget - sum(unit[0].cost for unit in options)
     quanta = min(spare // quantum, sum(costs[-1] for costs in steps))
@@ -171,6 +143,12 @@ def _exact(options: list[list[_Option]], budget: int, quantum: int, how: str) ->
 
 
 def _hull(options: list[list[_Option]], budget: int) -> Allocation:
+    """Greedy: every unit starts at its cheapest choice; the step of most loss per cost that fits is taken, and again.
+
+    Steps run along the lower convex hull of a unit's choices, and go to any choice once the next of the hull no longer
+    fits. Its loss is above the least by less than one step's worth. Among equal steps the cheapest goes first, then
+    the first unit.
+    """
     places = [0] * len(options)
     left = budget - sum(unit[0].cost for unit in options)
     while True:

@@ -15,7 +15,7 @@ from pathlib import Path
 from toolchain.errors import EnvironmentMismatch, UnsupportedError
 from toolchain.values import VQCode
 
-ABI = 2  # kMgvqAbi of kernels.h; a test compares
+ABI = 3  # kMgvqAbi of kernels.h; a test compares
 FILE_NAME = "libmgvq_kernels.so"
 FILE_VARIABLE = "MGVQ_KERNELS"
 BUILD_COMMAND = "mgvq kernels build"
@@ -125,7 +125,6 @@ class KernelLibrary:
         self._c.mgvq_linear.argtypes = (weight, *x, *y, *bias, long, integer, *workspace, pointer)
         self._c.mgvq_dequantize.argtypes = (weight, pointer, long, pointer)
         self._c.mgvq_embedding.argtypes = (weight, pointer, integer, long, pointer, integer, pointer)
-        self._c.mgvq_merge_features.argtypes = (pointer, pointer, pointer, long, long, long, integer, pointer)
         self._c.mgvq_read.argtypes = (pointer, long, pointer, pointer)
 
     @property
@@ -164,13 +163,6 @@ class KernelLibrary:
     def embedding(self, weight: CMatrix, ids: tuple[int, int, int], out: tuple[int, int], stream: int) -> None:
         """Rows of W. ids is (pointer, type, count), out (pointer, type)."""
         self._raise(self._c.mgvq_embedding(weight, *ids, *out, stream), "mgvq_embedding")
-
-    def merge_features(
-        self, embeddings: int, features: int, place: int, sizes: tuple[int, int, int], kind: int, stream: int
-    ) -> None:
-        """embeddings[i] = features[place[i]] where place[i] >= 0; sizes is (count, feature_count, width)."""
-        status = self._c.mgvq_merge_features(embeddings, features, place, *sizes, kind, stream)
-        self._raise(status, "mgvq_merge_features")
 
     def read(self, data: int, size: int, sink: int, stream: int) -> None:
         """Reads `size` bytes once: the roof of `mgvq bench kernels`."""

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from heard_progress import Heard
 
 from toolchain.bench import shapes
 from toolchain.bench.parts import PARTS, Timing
@@ -87,10 +88,10 @@ def tiny(monkeypatch):
 
 
 def test_a_block_end_to_end(tiny):
-    steps = []
-    found = bench_quantize(replace(tiny, layers=2), lambda done, total, what: steps.append((done, total)))
+    heard = Heard()
+    found = bench_quantize(replace(tiny, layers=2), heard)
     assert json.loads(json.dumps(found))["decoder"] == {"name": "tiny", "blocks": 3}
-    assert steps == [(n, 8) for n in range(8)]
+    assert [(done, total) for done, total, _ in heard.steps] == [(n, 8) for n in range(8)]
     assert {row["part"] for row in found["rows"]} == set(PARTS)
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in found["rows"])
     assert found["totals"][0]["decoder_seconds"] == 3 * found["totals"][0]["block_seconds"]

@@ -107,10 +107,10 @@ def test_batches_change_no_answer_and_are_told(case, bare, monkeypatch):
     _, processor, _, graphs = case
     whole = answered(processor.host, lambda: graphs, bare, TOKENS)
     monkeypatch.setattr(answering, "BATCH", 3)
-    told = []
-    parts = answered(processor.host, lambda: graphs, bare, TOKENS, lambda done, total: told.append((done, total)))
+    heard = Heard()
+    parts = answered(processor.host, lambda: graphs, bare, TOKENS, heard)
     assert parts == whole
-    assert told == [(3, 4), (4, 4)]
+    assert heard.steps == [(3, 4, "answers"), (4, 4, "answers")]
 
 
 def test_nothing_is_asked_where_nothing_is_missing_or_wanted(case, bare, tiny_manifest):
@@ -126,11 +126,8 @@ def test_what_was_answered_is_kept(case, bare, monkeypatch, tmp_path):
     monkeypatch.setattr(answering, "BATCH", 3)
     store = ObjectStore(tmp_path / "run", {})
 
-    def stop(done, total):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        answered(processor.host, lambda: graphs, bare, TOKENS, stop, store)
+        answered(processor.host, lambda: graphs, bare, TOKENS, Stops(at=(3, "answers")), store)
     asked, greedy = [], answering.greedy
     monkeypatch.setattr(
         answering, "greedy", lambda h, g, prompts, n: asked.append(len(prompts)) or greedy(h, g, prompts, n)

@@ -74,18 +74,6 @@ def test_embedding_rows_are_rounded_once(runner, ids, dtype):
     assert not found[1, 1:].any()
 
 
-@pytest.mark.parametrize("dtype", launch.ACTIVATIONS)
-def test_features_take_their_places(runner, dtype):
-    embeddings, features = torch.arange(12.0).reshape(4, 3), 100 + torch.arange(6.0).reshape(2, 3)
-    place = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
-    ours = [x.to(runner.device, dtype).contiguous() for x in (embeddings, features)]
-    placed = place.to(runner.device)
-    pointers = (ours[0].data_ptr(), ours[1].data_ptr(), placed.data_ptr())
-    runner.library.merge_features(*pointers, (4, 2, 3), launch.KINDS[dtype], runner.stream)
-    embeddings[1], embeddings[3] = features[1], features[0]
-    assert torch.equal(ours[0].cpu(), embeddings.to(dtype))
-
-
 def test_repeats_are_the_same_bits(runner):
     given = problem((CODES["2,4,8"], 512), rows=256)
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)).half().to(runner.device)

@@ -32,8 +32,8 @@ def test_the_table_in_c_is_the_models():
     assert table.read_text(encoding="utf-8") == header()
 
 
-# Codes, numbers of tokens and rows are interleaved out in turn, three times over the columns.
-DEALT = [
+# Every column count with three of the codes, numbers of tokens and rows, each taken in turn.
+IN_TURN = [
     (columns, ALL_CODES[i % len(ALL_CODES)], (1, 5, 16, 33)[i % 4], (40, 136, 128)[i % 3])
     for i, columns in enumerate(COLUMNS * 3)
 ]
@@ -41,12 +41,12 @@ EVERY_COUNT = [(tokens, ALL_CODES[i % len(ALL_CODES)]) for i, tokens in enumerat
 EVERY_SHAPE = [(shape, ALL_CODES[i % len(ALL_CODES)]) for i, shape in enumerate(RAGGED * 3)]
 
 
-@pytest.mark.parametrize(("columns", "code", "tokens", "rows"), DEALT, ids=str)
+@pytest.mark.parametrize(("columns", "code", "tokens", "rows"), IN_TURN, ids=str)
 def test_real_column_counts(kernels, columns, code, tokens, rows):
     check_product(kernels, problem((code, columns), rows=rows, seed=columns), tokens)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="kernels of real widths on the emulator")
 @pytest.mark.parametrize("tokens", [1, 33])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("code", ALL_CODES, ids=str)
@@ -59,7 +59,7 @@ def test_every_number_of_tokens(kernels, tokens, code):
     check_product(kernels, problem((code, 400), rows=136, seed=tokens), tokens)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="kernels of real widths on the emulator")
 @pytest.mark.parametrize("tokens", ALL_TOKENS)
 @pytest.mark.parametrize("code", ALL_CODES, ids=str)
 def test_every_code_with_every_number_of_tokens(kernels, code, tokens):
@@ -74,7 +74,7 @@ def test_ragged_shapes_in_every_type(kernels, shape, code, tokens):
         check_product(kernels, given, tokens, dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="kernels of real widths on the emulator")
 def test_the_head_of_a_7b_model(kernels):
     """152,064 x 3,584, whole: probes of the first columns see the first, middle and last rows' weights."""
     code = ALL_CODES[0]

@@ -13,7 +13,7 @@ from plugin_headers import PLUGINS, header_folders
 ROOT = PLUGINS.parent
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles the plugin with its host program")
 def test_the_host_program_passes_against_each_set_of_headers(tmp_path):
     folders = header_folders()
     if shutil.which("cmake") is None or (shutil.which("c++") or shutil.which("g++")) is None:

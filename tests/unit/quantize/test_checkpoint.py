@@ -25,7 +25,7 @@ from toolchain.quantize.driver.sequence import group_generator
 from toolchain.values import SILENT, BitPlan
 from toolchain.vq.weights import Options
 
-FAST = Options(rounds=2, lloyd_rounds=3, samples=2_000)
+FAST = Options(rounds=1, lloyd_rounds=3, samples=2_000)
 
 
 def quantize(model, manifest, out, progress=SILENT, **settings):
@@ -73,14 +73,14 @@ def test_the_file_holds_what_the_plan_counts(quantized):
     assert set(quantized.plan.codebooks()) == {n.rpartition(".")[2] for n in tensors if n.startswith("mgvq_tables.")}
 
 
-def dealt_base(folder, quantized):
+def permuted_base(folder, quantized):
     """The float model with its columns where the quantized one has them."""
     config = json.loads((Path(folder) / "config.json").read_text())
     return load_permuted(open_checkpoint(folder), family_for(config), read_permutations(quantized.folder))
 
 
 def test_kept_tensors_are_the_base_models_but_for_corrected_biases(quantized, tiny_qwen2_vl):
-    dense, loaded = dealt_base(tiny_qwen2_vl, quantized), load_quantized(quantized.folder)
+    dense, loaded = permuted_base(tiny_qwen2_vl, quantized), load_quantized(quantized.folder)
     layers = {layer.name for layer in quantized.plan.layers}
     corrected = {name for name in quantized.plan.kept if name.rpartition(".")[0] in layers}
     for name in set(quantized.plan.kept) - corrected:
@@ -94,11 +94,13 @@ def test_columns_are_dealt_and_the_file_says_how(quantized, tiny_qwen2_vl):
     assert permutations
     assert any(order.tolist() != sorted(order.tolist()) for order in permutations.values())
     plain = load_model(tiny_qwen2_vl).state_dict()
-    assert any(not torch.equal(w, plain[name]) for name, w in dealt_base(tiny_qwen2_vl, quantized).state_dict().items())
+    assert any(
+        not torch.equal(w, plain[name]) for name, w in permuted_base(tiny_qwen2_vl, quantized).state_dict().items()
+    )
 
 
 def test_loaded_weights_are_near_the_dense_ones(quantized, tiny_qwen2_vl):
-    dense, loaded = dealt_base(tiny_qwen2_vl, quantized), vq_modules(load_quantized(quantized.folder))
+    dense, loaded = permuted_base(tiny_qwen2_vl, quantized), vq_modules(load_quantized(quantized.folder))
     for layer in quantized.plan.layers:
         weight = dense.get_submodule(layer.name).weight
         weight, decoded = weight.detach(), loaded[layer.name].weight

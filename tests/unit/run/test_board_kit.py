@@ -69,7 +69,8 @@ def test_the_wheel_installs_and_runs_alone(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
     code = (
-        "import toolchain, sys; from toolchain.plan.target import list_targets; from toolchain.device import selftest\n"
+        "import toolchain; from toolchain.plan.target import list_targets\n"
+        "from toolchain.device.runtime import selftest\n"
         "from toolchain.run.board_kit import plugin_sources\n"
         "print(toolchain.__file__); print(len(list_targets())); print('plugins/CMakeLists.txt' in plugin_sources())"
     )

@@ -24,7 +24,7 @@ def machine(monkeypatch, tmp_path):
                 raise metadata.PackageNotFoundError(name)
             return packages[name]
 
-        monkeypatch.setattr(doctor.metadata, "version", version)
+        monkeypatch.setattr(metadata, "version", version)
         (tmp_path / "etc").mkdir(exist_ok=True)
         (tmp_path / "proc").mkdir(exist_ok=True)
         (tmp_path / "proc/meminfo").write_text(f"MemTotal:  1 kB\nMemAvailable:   {available_kb} kB\n")

@@ -133,11 +133,6 @@ class Host(ABC):
     def pad_id(self) -> int:
         return self.settings["tokens"]["pad_id"]
 
-    def chat_text(self, prompt: str, with_image: bool) -> str:
-        """The chat template's text for one user turn, up to where the answer starts."""
-        placeholder = (Image.new("RGB", (1, 1)),) if with_image else ()
-        return self.turns_text([Turn("user", prompt, placeholder)])
-
     def turns_text(self, turns: Sequence[Turn]) -> str:
         """The chat template's text for a conversation, one placeholder a picture, up to where the answer starts."""
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]

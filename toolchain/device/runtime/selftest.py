@@ -21,7 +21,6 @@ from toolchain.device.runtime.builder import Builder
 from toolchain.device.runtime.cuda import Cuda
 from toolchain.device.runtime.loaded_engines import LoadedEngine
 from toolchain.errors import EnvironmentMismatch, InputDataError, NumericGateError
-from toolchain.native.library import DEFAULT_TACTIC, FLOAT32, INT64, KernelLibrary, Segment, matrix
 from toolchain.values import FORMAT_VERSION, VQCode
 from toolchain.vq import format as vq_format
 
@@ -128,33 +127,6 @@ def check_plugins(trt: ModuleType, builder: Builder, cuda: Cuda, cases: Sequence
         compare(case, found, "the plugin")
     for pointer in (memory, *inputs.values(), *outputs.values()):
         cuda.free(pointer)
-
-
-def check_kernels(library: KernelLibrary, cuda: Cuda, cases: Sequence[Case]) -> None:
-    """Run all cases through the kernels' library and compare bit by bit.
-
-    Raises:
-        NumericGateError: an output differs.
-        EnvironmentMismatch, UnsupportedError: a launch fails, or is refused.
-    """
-    for case in cases:
-        held = {key: _uploaded(cuda, array) for key, array in case.inputs.items()}
-        y = cuda.allocate(case.expected.nbytes, "the self-test")
-        segment = Segment(case.code, case.columns, held["codes"], held["table"], held["scales"])
-        weight, count = matrix((segment,), case.rows), case.expected.shape[0]
-        space = 0
-        if case.op == LINEAR:
-            size = library.linear_workspace(weight, FLOAT32, count)
-            space = cuda.allocate(size, "the self-test")
-            library.linear(
-                weight, (held["x"], FLOAT32, case.columns), (y, FLOAT32, case.rows), (held["bias"], FLOAT32), count,
-                DEFAULT_TACTIC, (space, size), cuda.stream,
-            )  # fmt: skip
-        else:
-            library.embedding(weight, (held["ids"], INT64, count), (y, FLOAT32), cuda.stream)
-        compare(case, cuda.download(y, case.expected.shape, np.float32), str(library.path.name))
-        for pointer in (*held.values(), y, *([space] if space else [])):
-            cuda.free(pointer)
 
 
 def compare(case: Case, found: NDArray[np.float32], what: str) -> None:

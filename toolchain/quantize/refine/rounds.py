@@ -60,10 +60,6 @@ class RoundResult:
     changed: float
     seconds: dict[str, float]
 
-    @property
-    def is_better(self) -> bool:
-        return self.step > 0
-
 
 @dataclass(frozen=True)
 class Statistics:

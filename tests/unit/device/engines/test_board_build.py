@@ -81,7 +81,7 @@ class TestOrder:
         """Minutes on a board: the next build, with less of something, does not compile it again."""
         compiled = []
 
-        def compile_library(bundle, wanted, out, say):
+        def compile_library(bundle, wanted, out, progress):
             compiled.append(wanted.sm)
             out.write_text("compiled")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from heard_progress import Heard
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.bundle.manifest import open_bundle, write_bundle
@@ -182,34 +183,34 @@ class TestWithRtx:
     @pytest.mark.parametrize("code", ["4,8,8", "2,4,8"])
     def test_a_graph_with_function_bodies_builds(self, tmp_path, code):
         bundle = make_bundle(tmp_path, linear_model(VQCode.parse(code)))
-        seen = []
-        report = engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", progress=lambda *step: seen.append(step))
+        heard = Heard()
+        report = engine.build_engines(bundle, tmp_path / "e", "tensorrt_rtx", progress=heard)
         built = report.engines[0]
         assert (report.sm, built.graph, built.file) == ("86", "decoder", "decoder.engine")
         assert (tmp_path / "e" / "decoder.engine").stat().st_size == built.bytes > 0
         assert built.layers > 0
         assert built.seconds > 0
-        assert {step[0] for step in seen} == {"decoder"}
-        assert all(0 <= done <= total for _, _, done, total in seen)
+        assert {what.partition(":")[0] for _, _, what in heard.steps} == {"decoder"}
+        assert all(0 <= done <= total for done, total, _ in heard.steps)
         assert json.loads((tmp_path / "e" / "build.json").read_text()) == json.loads(json.dumps(report.to_json()))
         assert report.builder_version == importlib.import_module("tensorrt_rtx").__version__
 
     def test_ctrl_c_stops_a_build_although_the_library_swallows_what_callbacks_raise(self, bundle, tmp_path):
-        asked = []
+        class Interrupts(Heard):
+            def step(self, done, total, what=""):
+                super().step(done, total, what)
+                if len(self.steps) == 1:
+                    signal.raise_signal(signal.SIGINT)
 
-        def interrupts(graph: str, phase: str, done: int, total: int) -> None:
-            if not asked:
-                asked.append(phase)
-                signal.raise_signal(signal.SIGINT)
-
+        heard = Interrupts()
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
         try:
             with pytest.raises(KeyboardInterrupt):
-                engine.build_engines(bundle, tmp_path / "engines", "tensorrt_rtx", progress=interrupts)
+                engine.build_engines(bundle, tmp_path / "engines", "tensorrt_rtx", progress=heard)
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         finally:
             signal.signal(signal.SIGINT, before)
-        assert asked
+        assert heard.steps
         assert not (tmp_path / "engines").exists()
 
     def test_dense_twin_is_built_for_its_size_alone(self, tmp_path):

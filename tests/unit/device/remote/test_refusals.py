@@ -16,6 +16,7 @@ from toolchain.device.remote.ssh import Connection
 from toolchain.device.remote.store import Store, read_tree
 from toolchain.device.remote.verbs import probe, run_remote
 from toolchain.errors import EnvironmentMismatch, InputDataError, UsageError
+from toolchain.values import SILENT
 
 
 @needs_rsync
@@ -35,7 +36,7 @@ def test_no_space_is_refused_before_anything_is_sent(board, bundle):
         assert probe(connection, board.options).free_bytes > 0
         store = Store(connection, board.options.folder)
         with pytest.raises(EnvironmentMismatch, match=r"to send and .* to spare are needed, 0\.0 MiB are free"):
-            store.send([read_tree(bundle)], 100, print)
+            store.send([read_tree(bundle)], 100, SILENT)
     assert list((board.store / "objects").iterdir()) == []
     assert list((board.store / "incoming").iterdir()) == []
 

@@ -19,6 +19,7 @@ from toolchain.device.runtime.plugin_library import Wanted
 from toolchain.errors import EnvironmentMismatch, InputDataError
 from toolchain.native.build import missing_tools
 from toolchain.run.board_kit import plugin_sources
+from toolchain.values import SILENT
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ class TestPluginLibrary:
 
     def prepare(self, bundle, before, out):
         out.mkdir(exist_ok=True)
-        return plugin_library.prepare_library(bundle, None, self.WANTED, before, out, lambda _: None)
+        return plugin_library.prepare_library(bundle, None, self.WANTED, before, out, SILENT)
 
     def test_sources_are_compiled_for_the_boards_gpu_once(self, tools, bundle, tmp_path):
         log = tools()
@@ -100,7 +101,7 @@ class TestPluginLibrary:
         assert self.prepare(changed, tmp_path / "one", tmp_path / "three").origin == "compiled"
         (tmp_path / "four").mkdir()
         thor = Wanted("aarch64", "110", "10.13.3")
-        found = plugin_library.prepare_library(bundle, None, thor, tmp_path / "one", tmp_path / "four", print)
+        found = plugin_library.prepare_library(bundle, None, thor, tmp_path / "one", tmp_path / "four", SILENT)
         assert found.origin == "compiled"
 
     def test_a_failed_compilation_shows_its_end_and_the_command(self, tools, bundle, tmp_path):
@@ -131,7 +132,7 @@ class TestPluginLibrary:
         ):
             self.prepare(bundle, tmp_path / "none", tmp_path / "one")
 
-    @pytest.mark.slow
+    @pytest.mark.slow(reason="compiles the plugin")
     def test_the_packages_own_sources_compile_for_an_orin_and_export_two_entries(self, tmp_path, monkeypatch):
         """As on the board, from a bundle's copy of the sources, with this machine's nvcc and any TensorRT's headers."""
         headers = header_folders()[0]
@@ -139,7 +140,7 @@ class TestPluginLibrary:
             pytest.skip(f"needs what a board compiles with: {'; '.join(missing)}")
         monkeypatch.setenv("CMAKE_INCLUDE_PATH", str(headers))
         bundle, library = write_bundle(plugin_sources(), tmp_path / "b"), tmp_path / "libmgvq_plugin.so"
-        plugin_library.compile_library(bundle, self.WANTED, library, print)
+        plugin_library.compile_library(bundle, self.WANTED, library, SILENT)
         shown = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
         assert [line.split()[1:] for line in shown.stdout.splitlines()] == [
             ["T", "getCreators"],

@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from board_bundles import correct_plugin
-from simulated_cuda import SimulatedCuda
 
-from toolchain.device.runtime import board as boards
 from toolchain.device.runtime import selftest
-from toolchain.device.runtime.cuda import Cuda
-from toolchain.errors import InputDataError, NumericGateError
+from toolchain.errors import InputDataError
 from toolchain.values import CODES
 
 
@@ -44,33 +41,6 @@ class TestSelfTest:
         (tmp_path / "x").write_bytes(b"12345678")
         with pytest.raises(InputDataError, match="expected the plugins' self-test"):
             selftest.read_cases(tmp_path / "x")
-
-    def test_the_kernels_library_passes_and_a_wrong_answer_is_caught(self, tmp_path_factory):
-        """The C++ reference behind kernels.h, through the same ctypes calls that reach the CUDA kernels."""
-        from kernel_problems import PLUGINS, ROOT, compiled
-
-        from toolchain.native.library import KernelLibrary
-
-        tests = ROOT / "tests" / "plugins"
-        sources = [tests / "reference_kernels.cpp", PLUGINS / "vq_linear" / "reference.cpp"]
-        path = compiled(tmp_path_factory.mktemp("k"), "libreference.so", sources, [PLUGINS, tests / "without_cuda"])
-        cuda, cases = SimulatedCuda(), selftest.make_cases(CODES.values())
-        selftest.check_kernels(KernelLibrary(path), Cuda(cuda), cases)
-        assert cuda.sizes == {}
-        cases[5].expected[0, 3] += 1
-        with pytest.raises(NumericGateError, match=r"libreference.so gives .* at \(0, 3\).*1 of \d+ differ"):
-            selftest.check_kernels(KernelLibrary(path), Cuda(SimulatedCuda()), cases)
-
-    @pytest.mark.gpu
-    def test_the_kernels_pass_on_a_gpu(self):
-        from toolchain.native.library import find_library, load_library
-
-        pytest.importorskip("cuda.bindings.runtime", reason="needs CUDA's Python bindings (pip install cuda-python)")
-        if boards.gpu() is None:
-            pytest.skip("needs a CUDA device")
-        if find_library() is None:
-            pytest.skip("needs the kernels' library (mgvq kernels build)")
-        selftest.check_kernels(load_library(), Cuda(), selftest.make_cases(CODES.values()))
 
 
 def _fields(case) -> dict[str, int]:
