@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,8 +159,8 @@ def inputs_of(model: nn.Module, one: CalibrationInput, layers: Mapping[str, Laye
     """
     seen = _Seen({})
 
-    def hook_for(group: str, spec: LayerSpec):
-        def hook(module, arguments) -> None:
+    def hook_for(group: str, spec: LayerSpec) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             seen.rows[group] = layer_rows(arguments[0], spec, module)
             if len(seen.rows) == len(layers):
                 raise _AllSeenError

@@ -121,8 +121,8 @@ def watched_layers(
     """While the context lasts, `see(spec, x [tokens, n], δ [tokens, m])` is called for layers a backward reaches."""
     handles = []
 
-    def hook_for(spec: LayerSpec):
-        def hook(module, arguments, output) -> None:
+    def hook_for(spec: LayerSpec) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             rows = layer_rows(arguments[0], spec, module)
             if not output.requires_grad:
                 output.requires_grad_(True)

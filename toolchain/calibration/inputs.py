@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from toolchain.models.family import Processor
 from toolchain.values import Sample
 
 
@@ -30,8 +31,8 @@ class CalibrationInput:
         return hashlib.sha256(repr(tuple(seen.shape)).encode() + seen.view(torch.uint8).numpy().tobytes()).digest()
 
 
-def calibration_inputs(processor, samples: Iterable[Sample]) -> list[CalibrationInput]:
-    """Samples as forward passes, answers included where there are any; `processor` is a family's."""
+def calibration_inputs(processor: Processor, samples: Iterable[Sample]) -> list[CalibrationInput]:
+    """Samples as forward passes, answers included where there are any."""
     found = []
     for sample in samples:
         tensors = processor.model_inputs(sample, with_answer=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +69,8 @@ def collect_moments(
     seen: set[str] = set()
     state: dict[str, Tensor] = {}
 
-    def hook_for(spec: LayerSpec, kernel: tuple[int, ...] | None):
-        def hook(_module, arguments) -> None:
+    def hook_for(spec: LayerSpec, kernel: tuple[int, ...] | None) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             _accumulate(sums[spec.group], spec, arguments[0].detach(), kernel, state["is_image"])
             seen.add(spec.group)
             if len(seen) == len(first):

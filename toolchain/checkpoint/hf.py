@@ -21,7 +21,7 @@ from toolchain.checkpoint.loading import check_tensors, quantized_layers
 class MgvqConfig(QuantizationConfigMixin):
     """A checkpoint's quantization_config, every key an attribute, so that it is written back as it was read."""
 
-    def __init__(self, quant_method: Any = "mgvq", **content) -> None:
+    def __init__(self, quant_method: Any = "mgvq", **content: Any) -> None:
         self.quant_method = quant_method
         for name, value in content.items():
             setattr(self, name, value)
@@ -33,7 +33,9 @@ class MgvqQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         where = str(getattr(model.config, "_name_or_path", "") or "config.json")
         self.layers = quantized_layers({"quantization_config": self.quantization_config.to_dict()}, where)
         install_layers(model, self.layers)
@@ -43,7 +45,7 @@ class MgvqQuantizer(HfQuantizer):
                 stored |= read_header(Path(path))
             check_tensors(Path(checkpoint_files[0]).parent, stored, model.state_dict())
 
-    def _process_model_after_weight_loading(self, model, **kwargs) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         link_shared(model, self.layers)
         check_values(model)
         # Names in our files are those of the module tree: save_pretrained must not turn them into an older release's.

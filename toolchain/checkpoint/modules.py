@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from toolchain.values import CHUNK_ROWS, ROW_GROUP, ROW_STRIDE, LayerPlan, VQCod
 from toolchain.vq.rotation import BLOCKS, inverse_rotate
 from toolchain.vq.weights import VQWeights
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Device = torch.device | str | None
 # Buffers whose dtype is part of the format: model.half() or model.to(bfloat16) must not touch it.
 FORMAT_BUFFERS = ("codebook", "scales")
 
@@ -74,6 +78,14 @@ def decode_rows(
     return (unit * scales.float()[flat, None]).to(dtype).reshape(*ids.shape, columns)
 
 
+def _keep_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Give buffers whose dtype `.to(dtype)` has changed their own again, on the device they are on now."""
+    for name, tensor in before.items():
+        moved = module.get_buffer(name)
+        if moved.dtype != tensor.dtype:
+            module._buffers[name] = tensor.to(moved.device)
+
+
 class VQModule(nn.Module):
     """Codes, scales and codebook of one weight; `codebook_id` names the shared codebook the checkpoint stores for it.
 
@@ -91,7 +103,7 @@ class VQModule(nn.Module):
     codebook: Tensor
 
     def __init__(
-        self, code: VQCode, rows: int, columns: int, codebook_id: str, dtype: torch.dtype, device=None
+        self, code: VQCode, rows: int, columns: int, codebook_id: str, dtype: torch.dtype, device: Device = None
     ) -> None:
         super().__init__()
         self.code, self.rows, self.columns, self.codebook_id = code, rows, columns, codebook_id
@@ -147,22 +159,20 @@ class VQModule(nn.Module):
         self.codes = order.in_device_order(self._stored_codes, self.code, self.rows, self.columns)
         return self._stored_codes
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if f"{prefix}codes" in destination:
             destination[f"{prefix}codes"] = self.codes
 
-    def _load_from_state_dict(self, *arguments) -> None:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
         self.codes = self.codes  # in checkpoint order again
         super()._load_from_state_dict(*arguments)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.codes = self.codes  # in checkpoint order again
-        before = {name: self._buffers[name] for name in FORMAT_BUFFERS}
+        before = {name: self.get_buffer(name) for name in FORMAT_BUFFERS}
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            if self._buffers[name].dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(self._buffers[name].device)
+        _keep_dtypes(self, before)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         self._decoded = None
         self._share_buffers()
@@ -197,7 +207,15 @@ class VQLinear(VQModule):
     """
 
     def __init__(
-        self, code, rows, columns, codebook_id, dtype, device=None, bias: bool = False, rotation: int = 0
+        self,
+        code: VQCode,
+        rows: int,
+        columns: int,
+        codebook_id: str,
+        dtype: torch.dtype,
+        device: Device = None,
+        bias: bool = False,
+        rotation: int = 0,
     ) -> None:
         super().__init__(code, rows, columns, codebook_id, dtype, device)
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False) if bias else None
@@ -232,7 +250,17 @@ class VQConv(VQLinear):
     The weight is that of the convolution with everything but its outputs flattened.
     """
 
-    def __init__(self, code, rows, columns, codebook_id, dtype, device=None, bias=False, kernel=()) -> None:
+    def __init__(
+        self,
+        code: VQCode,
+        rows: int,
+        columns: int,
+        codebook_id: str,
+        dtype: torch.dtype,
+        device: Device = None,
+        bias: bool = False,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(code, rows, columns, codebook_id, dtype, device, bias)
         self.kernel = tuple(kernel)
         if columns % math.prod(self.kernel):
@@ -262,18 +290,16 @@ class VQEmbedding(VQModule):
 class VQCodebooks(nn.Module):
     """The codebooks of a model, one buffer an id, as the checkpoint stores them (`mgvq_tables.<id>`)."""
 
-    def __init__(self, codes: dict[str, VQCode], device=None) -> None:
+    def __init__(self, codes: dict[str, VQCode], device: Device = None) -> None:
         super().__init__()
         for codebook_id, code in codes.items():
             dtype = getattr(torch, code.codebook_dtype)
             self.register_buffer(codebook_id, torch.zeros(code.entries, code.vector, dtype=dtype, device=device))
 
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            if self._buffers[name].dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(self._buffers[name].device)
+        _keep_dtypes(self, before)
         return self
 
 

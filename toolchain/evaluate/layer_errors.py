@@ -116,7 +116,7 @@ def layer_errors(
     return tuple(sums[spec.name].error(spec) for spec in specs)
 
 
-def _watch(dense: nn.Module, quantized: nn.Module, spec: LayerSpec, sums: _Sums, state: dict[str, Tensor]):
+def _watch(dense: nn.Module, quantized: nn.Module, spec: LayerSpec, sums: _Sums, state: dict[str, Tensor]) -> Any:
     """A hook on the dense layer that adds up what its inputs become under W and under E."""
     module: Any = dense.get_submodule(spec.name)
     weight = _matrix(dense, spec)
@@ -128,7 +128,7 @@ def _watch(dense: nn.Module, quantized: nn.Module, spec: LayerSpec, sums: _Sums,
     difference = weight - other
     kernel = tuple(getattr(module, "kernel_size", None) or module.kernel) if spec.kind == "conv" else None
 
-    def hook(_module, arguments) -> None:
+    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
         x = arguments[0].detach()
         if spec.kind == "embedding":
             ids = x.reshape(-1)

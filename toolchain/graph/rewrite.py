@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -200,7 +201,7 @@ class _OnDisk(LazyValues):
         super().__init__(tensor)
         self._folder = folder
 
-    def load(self):
+    def load(self) -> np.ndarray:
         return onnx.numpy_helper.to_array(self.tensor, base_dir=str(self._folder))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.device.families import HOSTS, Host
+from toolchain.device.families import HOSTS, Host, Prepared
 from toolchain.device.families.base import open_image
 from toolchain.errors import InputDataError
 from toolchain.models.configs import Config, chat_template, head_dim, read_config
@@ -70,7 +70,7 @@ class Processor:
         }
         return inputs | self._image_inputs(prepared, inputs["input_ids"])
 
-    def _image_inputs(self, prepared, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _image_inputs(self, prepared: Prepared, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         import numpy as np
         import torch
 

@@ -25,6 +25,8 @@ from toolchain.plan.images import CLIP_MEAN, CLIP_STD
 from toolchain.values import LayerSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from toolchain.plan.geometry import ModelGeometry
 
 TOWER = "model.vision_tower"
@@ -100,7 +102,7 @@ class InternVL(base.Family):
             "decoder": decoder_settings(text),
         }
 
-    def graphs(self, model) -> list[base.GraphSpec]:
+    def graphs(self, model: Any) -> list[base.GraphSpec]:
         from toolchain.models import wrappers
 
         decoder = wrappers.decoder_graph_spec(
@@ -182,7 +184,7 @@ def _stream_places(vision: configs.Config, specs: dict[str, LayerSpec]) -> list[
     return places
 
 
-def _vision_spec(model) -> base.GraphSpec:
+def _vision_spec(model: Any) -> base.GraphSpec:
     import torch
     from torch.export import Dim
 
@@ -196,7 +198,7 @@ def _vision_spec(model) -> base.GraphSpec:
     )
 
 
-def vision_module(model):
+def vision_module(model: Any) -> torch.nn.Module:
     """Tiles float32[T, 3, side, side] → features [T * tokens, hidden] and every block's output [T, 1 + patches, width].
 
     Raises:
@@ -217,7 +219,7 @@ def vision_module(model):
             super().__init__()
             self.inner = model.model
 
-        def forward(self, pixel_values):
+        def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
             tower = self.inner.vision_tower
             hidden = tower.embeddings(pixel_values)
             taps = []

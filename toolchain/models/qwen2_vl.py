@@ -23,6 +23,8 @@ from toolchain.plan.images import CLIP_MEAN, CLIP_STD
 from toolchain.values import LayerSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from toolchain.plan.geometry import ModelGeometry
 
 TOWER = "model.visual"
@@ -97,7 +99,7 @@ class Qwen2VL(base.Family):
             "decoder": decoder_settings(text),
         }
 
-    def graphs(self, model) -> list[base.GraphSpec]:
+    def graphs(self, model: Any) -> list[base.GraphSpec]:
         from toolchain.models import wrappers
 
         decoder = wrappers.decoder_graph_spec(
@@ -213,7 +215,7 @@ def _tower_permutations(vision: configs.Config, specs: dict[str, LayerSpec]) -> 
     return [free_permutation(f"{TOWER}.residual", width, readers, producers), *inside]
 
 
-def _vision_spec(model) -> base.GraphSpec:
+def _vision_spec(model: Any) -> base.GraphSpec:
     import torch
     from torch.export import Dim
 
@@ -235,7 +237,7 @@ def _vision_spec(model) -> base.GraphSpec:
     )
 
 
-def vision_module(model):
+def vision_module(model: Any) -> torch.nn.Module:
     """The tower for one picture a call: patches [N, channels], (row, column) ids int64[N, 2] → features, block outputs.
 
     transformers' own forward splits attention by Python lengths and does not trace; one picture needs no split.
@@ -250,7 +252,9 @@ def vision_module(model):
             super().__init__()
             self.visual = model.model.visual
 
-        def forward(self, pixel_values, position_ids):
+        def forward(
+            self, pixel_values: torch.Tensor, position_ids: torch.Tensor
+        ) -> tuple[torch.Tensor, list[torch.Tensor]]:
             hidden = self.visual.patch_embed(pixel_values)
             cos, sin = self.visual.rotary_pos_emb(hidden, position_ids)
             taps = []
@@ -260,7 +264,7 @@ def vision_module(model):
                 query, key, value = qkv.unbind(1)
                 query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
                 query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-                mixed = written_out(query, [key], [value], None, attention.head_dim**-0.5)
+                mixed = written_out(query, (key,), (value,), None, attention.head_dim**-0.5)
                 hidden = hidden + attention.proj(mixed.reshape(-1, attention.dim))
                 hidden = hidden + block.mlp(block.norm2(hidden))
                 taps.append(hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def _runner(spec: GraphSpec, device: torch.device, dtype: torch.dtype) -> Graph:
     return run
 
 
-def _flat(outputs) -> Iterator[torch.Tensor]:
+def _flat(outputs: Any) -> Iterator[torch.Tensor]:
     if isinstance(outputs, torch.Tensor):
         yield outputs
     else:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolchain.models.family import GraphSpec
+
 _ATTENTION = "mgvq"
 
 
@@ -57,12 +59,18 @@ class DecoderGraph(nn.Module):
     what is there. Past and new keys meet in the scores only, so that the cache is read in place and never copied.
     """
 
-    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
+    def __init__(self, decoder: Any, head: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder: Any = decoder
         self.head = head
 
-    def forward(self, inputs_embeds, attention_mask, position_ids, past):
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[torch.Tensor]]:
         cache = _PastAndNew([(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)) for k, v in past])
         mask = causal_mask(attention_mask, inputs_embeds.shape[1], inputs_embeds.dtype)
         hidden = inputs_embeds
@@ -86,13 +94,21 @@ class _PastAndNew:
         self.past = past
         self.new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[tuple[torch.Tensor, ...], ...]:
         self.new[layer] = keys, values
         past_keys, past_values = self.past[layer]
         return (past_keys, keys), (past_values, values)
 
 
-def attention(query, keys, values, mask, scaling: float) -> torch.Tensor:
+def attention(
+    query: torch.Tensor,
+    keys: tuple[torch.Tensor, ...],
+    values: tuple[torch.Tensor, ...],
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
     """softmax(q Kᵀ · scaling + mask) V, [B, S, heads, D], over pieces of keys and values that are never joined.
 
     Args:
@@ -120,10 +136,18 @@ def attention(query, keys, values, mask, scaling: float) -> torch.Tensor:
     return mixed.reshape(batch, heads, length, size).transpose(1, 2)
 
 
-def _attention_interface(module, query, key, value, attention_mask, scaling, **_):
+def _attention_interface(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
     """`attention` as transformers calls it: key and value are tensors, or the pieces `_PastAndNew` hands on."""
-    pieces = [x if isinstance(x, tuple) else (x,) for x in (key, value)]
-    return attention(query, *pieces, attention_mask, scaling), None
+    keys, values = (x if isinstance(x, tuple) else (x,) for x in (key, value))
+    return attention(query, keys, values, attention_mask, scaling), None
 
 
 @contextmanager
@@ -152,11 +176,9 @@ def causal_mask(attention_mask: torch.Tensor, length: int, dtype: torch.dtype) -
     return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
-def embed_graph_spec(model: nn.Module, image_token_id: int):
+def embed_graph_spec(model: nn.Module, image_token_id: int) -> GraphSpec:
     """GraphSpec of `embed`: input_ids, image_features → inputs_embeds."""
     from torch.export import Dim
-
-    from toolchain.models.family import GraphSpec
 
     table = model.get_input_embeddings()  # type: ignore[operator]
     hidden = getattr(table, "columns", None) or table.embedding_dim
@@ -171,11 +193,9 @@ def embed_graph_spec(model: nn.Module, image_token_id: int):
     )
 
 
-def decoder_graph_spec(decoder: nn.Module, head: nn.Module, text_config, axes: int):
+def decoder_graph_spec(decoder: nn.Module, head: nn.Module, text_config: Any, axes: int) -> GraphSpec:
     """GraphSpec of `decoder`; `axes` position axes (3 for mRoPE, 1 otherwise)."""
     from torch.export import Dim
-
-    from toolchain.models.family import GraphSpec
 
     layers, kv_heads = text_config.num_hidden_layers, text_config.num_key_value_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from toolchain.native.launch import Weight
 from toolchain.native.library import KernelLibrary, check_device, load_library
 from toolchain.vq import format as vq_format
 
+Tensors = list[Tensor]
 _WEIGHT = "Tensor[] codes, Tensor[] tables, Tensor[] scales, int[] formats, int rows"
 _OPS = torch.library.Library("mgvq", "FRAGMENT")
 _OPS.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, int tactic) -> Tensor")
@@ -47,28 +49,41 @@ def device_library(index: int) -> KernelLibrary:
 
 
 @torch.library.impl(_OPS, "linear", "CUDA")
-def _linear_cuda(x, codes, tables, scales, formats, rows, bias, tactic):
+def _linear_cuda(
+    x: Tensor,
+    codes: Tensors,
+    tables: Tensors,
+    scales: Tensors,
+    formats: list[int],
+    rows: int,
+    bias: Tensor | None,
+    tactic: int,
+) -> Tensor:
     with torch.cuda.device(x.device):
         library, stream = device_library(x.device.index), torch.cuda.current_stream().cuda_stream
         return launch.linear(library, x, Weight(codes, tables, scales, formats, rows), bias, stream, tactic)
 
 
 @torch.library.impl(_OPS, "embedding", "CUDA")
-def _embedding_cuda(ids, codes, tables, scales, formats, rows, dtype):
+def _embedding_cuda(
+    ids: Tensor, codes: Tensors, tables: Tensors, scales: Tensors, formats: list[int], rows: int, dtype: torch.dtype
+) -> Tensor:
     with torch.cuda.device(ids.device):
         library, stream = device_library(ids.device.index), torch.cuda.current_stream().cuda_stream
         return launch.embedding(library, ids, Weight(codes, tables, scales, formats, rows), dtype, stream)
 
 
 @torch.library.impl(_OPS, "dequantize", "CUDA")
-def _dequantize_cuda(codes, tables, scales, formats, rows):
+def _dequantize_cuda(codes: Tensors, tables: Tensors, scales: Tensors, formats: list[int], rows: int) -> Tensor:
     device = codes[0].device
     with torch.cuda.device(device):
         library, stream = device_library(device.index), torch.cuda.current_stream().cuda_stream
         return launch.dequantize(library, Weight(codes, tables, scales, formats, rows), stream)
 
 
-def decoded(codes: Sequence[Tensor], tables: Sequence[Tensor], scales: Sequence[Tensor], formats, rows: int) -> Tensor:
+def decoded(
+    codes: Sequence[Tensor], tables: Sequence[Tensor], scales: Sequence[Tensor], formats: Sequence[int], rows: int
+) -> Tensor:
     """Ŵ float32[rows, columns] by the format's definition, for a weight in host memory."""
     weight = Weight(codes, tables, scales, formats, rows)
     weight.checked()
@@ -81,47 +96,69 @@ def decoded(codes: Sequence[Tensor], tables: Sequence[Tensor], scales: Sequence[
 
 
 @torch.library.impl(_OPS, "linear", "CPU")
-def _linear_cpu(x, codes, tables, scales, formats, rows, bias, tactic):
+def _linear_cpu(
+    x: Tensor,
+    codes: Tensors,
+    tables: Tensors,
+    scales: Tensors,
+    formats: list[int],
+    rows: int,
+    bias: Tensor | None,
+    tactic: int,
+) -> Tensor:
     y = x.float() @ decoded(codes, tables, scales, formats, rows).T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 @torch.library.impl(_OPS, "embedding", "CPU")
-def _embedding_cpu(ids, codes, tables, scales, formats, rows, dtype):
+def _embedding_cpu(
+    ids: Tensor, codes: Tensors, tables: Tensors, scales: Tensors, formats: list[int], rows: int, dtype: torch.dtype
+) -> Tensor:
     return decoded(codes, tables, scales, formats, rows)[ids].to(dtype)
 
 
 @torch.library.impl(_OPS, "dequantize", "CPU")
-def _dequantize_cpu(codes, tables, scales, formats, rows):
+def _dequantize_cpu(codes: Tensors, tables: Tensors, scales: Tensors, formats: list[int], rows: int) -> Tensor:
     return decoded(codes, tables, scales, formats, rows).half()
 
 
 @torch.library.register_fake("mgvq::linear", lib=_OPS)
-def _linear_fake(x, codes, tables, scales, formats, rows, bias, tactic):
+def _linear_fake(
+    x: Tensor,
+    codes: Tensors,
+    tables: Tensors,
+    scales: Tensors,
+    formats: list[int],
+    rows: int,
+    bias: Tensor | None,
+    tactic: int,
+) -> Tensor:
     torch._check(x.shape[-1] == Weight(codes, tables, scales, formats, rows).columns)
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.register_fake("mgvq::embedding", lib=_OPS)
-def _embedding_fake(ids, codes, tables, scales, formats, rows, dtype):
+def _embedding_fake(
+    ids: Tensor, codes: Tensors, tables: Tensors, scales: Tensors, formats: list[int], rows: int, dtype: torch.dtype
+) -> Tensor:
     columns = Weight(codes, tables, scales, formats, rows).columns
     return torch.empty(*ids.shape, columns, dtype=dtype, device=ids.device)
 
 
 @torch.library.register_fake("mgvq::dequantize", lib=_OPS)
-def _dequantize_fake(codes, tables, scales, formats, rows):
+def _dequantize_fake(codes: Tensors, tables: Tensors, scales: Tensors, formats: list[int], rows: int) -> Tensor:
     columns = Weight(codes, tables, scales, formats, rows).columns
     return torch.empty(rows, columns, dtype=torch.float16, device=codes[0].device)
 
 
-def _save_weight(ctx, inputs, output) -> None:
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, tables, scales, formats, rows, bias, _ = inputs
     ctx.save_for_backward(*codes, *tables, *scales)
     ctx.formats, ctx.rows = formats, rows
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _linear_backward(ctx, gradient):
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """∂L/∂x = ∂L/∂y Ŵ, with the weight in float16: a dense copy for as long as this takes; ∂L/∂bias = Σ ∂L/∂y."""
     count = len(ctx.formats) // launch.FORMAT_FIELDS
     tensors = ctx.saved_tensors

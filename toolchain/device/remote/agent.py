@@ -16,7 +16,7 @@ import threading
 PATIENCE_SECONDS = (30.0, 10.0, 5.0)  # after interrupt, terminate, kill
 
 
-def run(command, patience=PATIENCE_SECONDS):
+def run(command: list[str], patience: tuple[float, ...] = PATIENCE_SECONDS) -> int:
     """The exit code of `command` (negative signals as a shell shows them: 128 + signal)."""
     # A login whose processes ignore it would hand that on, and the verb could not be stopped in time to save its state.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,7 +26,7 @@ def run(command, patience=PATIENCE_SECONDS):
     return code if code >= 0 else 128 - code
 
 
-def stop_at_end_of_input(process, patience):
+def stop_at_end_of_input(process: subprocess.Popen[bytes], patience: tuple[float, ...]) -> None:
     while os.read(0, 4096):
         pass
     for number, seconds in zip((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), patience):

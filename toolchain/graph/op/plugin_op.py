@@ -63,14 +63,24 @@ class _PluginOp(OpRun):
 class VQLinear(_PluginOp):
     rounded: np.dtype = np.dtype(np.float16)  # what the kernel multiplies with; sums are float32
 
-    def _run(self, x, codes, table, scales, bias=None, **attributes):
+    def _run(
+        self,
+        x: NDArray,
+        codes: NDArray,
+        table: NDArray,
+        scales: NDArray,
+        bias: NDArray | None = None,
+        **attributes: int,
+    ) -> tuple[NDArray, ...]:
         weight = self.weight(codes, table, scales, attributes)
         y = x.astype(self.rounded).astype(np.float32) @ weight.T
         return ((y if bias is None else y + bias).astype(x.dtype),)
 
 
 class VQEmbedding(_PluginOp):
-    def _run(self, ids, codes, table, scales, **attributes):
+    def _run(
+        self, ids: NDArray, codes: NDArray, table: NDArray, scales: NDArray, **attributes: int
+    ) -> tuple[NDArray, ...]:
         return (self.weight(codes, table, scales, attributes)[ids],)
 
 

@@ -36,7 +36,18 @@ def vq_linear(
 
 
 @vq_linear.register_fake
-def _(x, codes, table, scales, bias, rows, columns, vector, shift, window):
+def _(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    vector: int,
+    shift: int,
+    window: int,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -61,7 +72,17 @@ def vq_embedding(
 
 
 @vq_embedding.register_fake
-def _(ids, codes, table, scales, rows, columns, vector, shift, window):
+def _(
+    ids: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    vector: int,
+    shift: int,
+    window: int,
+) -> Tensor:
     return table.new_empty(*ids.shape, columns)
 
 
@@ -86,12 +107,13 @@ def translation_table() -> dict[Callable, Callable]:
     vq_op.register_schemas()
     opset = onnxscript.values.Opset(vq_op.DOMAIN, vq_op.OPSET_VERSION)
 
-    def linear(x, codes, table, scales, bias, rows, columns, vector, shift, window):
+    # Without annotations: torch.onnx reads them as the schema of an ONNX function.
+    def linear(x, codes, table, scales, bias, rows, columns, vector, shift, window):  # type: ignore[no-untyped-def]
         attributes = vq_op.code_attributes(VQCode(vector, shift, window), rows, columns)
         inputs = (x, codes, table, scales) if bias is None else (x, codes, table, scales, bias)
         return opset.VQLinear(*inputs, **attributes)
 
-    def embedding(ids, codes, table, scales, rows, columns, vector, shift, window):
+    def embedding(ids, codes, table, scales, rows, columns, vector, shift, window):  # type: ignore[no-untyped-def]
         attributes = vq_op.code_attributes(VQCode(vector, shift, window), rows, columns)
         return opset.VQEmbedding(ids, codes, table, scales, **attributes)
 

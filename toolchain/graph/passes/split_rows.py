@@ -11,6 +11,8 @@ at the same rows, still share every part. Outputs do not change: each row is com
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -99,7 +101,9 @@ def _integers(name: str, values: int | list[int]) -> gs.Constant:
     return gs.Constant(name, np.array(values, dtype=np.int64))
 
 
-def _add(graph: gs.Graph, op: str, name: str, inputs: list, dtype: type, shape: object, **attributes) -> gs.Variable:
+def _add(
+    graph: gs.Graph, op: str, name: str, inputs: list, dtype: type, shape: object, **attributes: Any
+) -> gs.Variable:
     output = gs.Variable(f"{name}.out", dtype=dtype, shape=shape)
     graph.nodes.append(gs.Node(op, name, attributes, inputs, [output]))
     return output

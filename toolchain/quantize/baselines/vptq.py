@@ -44,7 +44,9 @@ def decode_columns(indices: Tensor, codebook: Tensor, scales: Tensor) -> Tensor:
     return unit * scales.float()[:, None]
 
 
-def draw_columns(weight: Tensor, scales: Tensor, importance: Tensor, vector: int, count: int, generator) -> Samples:
+def draw_columns(
+    weight: Tensor, scales: Tensor, importance: Tensor, vector: int, count: int, generator: torch.Generator
+) -> Samples:
     """At most `count` vectors at unit row scale; row i weighs scale_i² · importance_j in column j.
 
     Args:
