@@ -48,13 +48,13 @@ class Connection:
         """
         if not _HOST.match(host):
             raise UsageError(f"--host {host!r}: expected user@board, or a name of ~/.ssh/config (for ports and keys)")
+        if config is not None and not config.is_file():
+            raise InputDataError(f"{config} does not exist; check --ssh-config")
         for tool in ("ssh", "rsync"):
             if shutil.which(tool) is None:
                 raise EnvironmentMismatch(
                     f"--host needs {tool} here, found none; sudo apt install openssh-client rsync"
                 )
-        if config is not None and not config.is_file():
-            raise InputDataError(f"{config} does not exist; check --ssh-config")
         self.host = host
         self._was_there = False
         # Short, because a socket's path has little more than a hundred characters.
