@@ -140,7 +140,7 @@ def tiny_with_loud_columns(tiny_qwen2_vl, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_manifest(tmp_path_factory) -> Path:
-    """calib.jsonl with 6 drawn pictures of several sizes beside it, each line with an answer. Read only."""
+    """calib.jsonl with 6 drawn images of several sizes beside it, each line with an answer. Read only."""
     folder = tmp_path_factory.mktemp("manifest")
     rng = np.random.default_rng(0)
     lines = []

@@ -281,7 +281,7 @@ ANSWER_TOKENS = 64  # of the answers that calibration lines without one get from
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and one question of a manifest; `answer` is None where the line had none. `image` is absolute."""
+    """One image and one question of a manifest; `answer` is None where the line had none. `image` is absolute."""
 
     image: Path
     prompt: str

@@ -148,7 +148,7 @@ def in_onnxruntime(model: onnx.ModelProto, names: list[str], feeds) -> list[np.n
     return onnxruntime.InferenceSession(model.SerializeToString()).run(names, feeds)
 
 
-def test_attention_over_the_largest_picture_is_tiled(line, recorded, tmp_path):
+def test_attention_over_the_largest_image_is_tiled(line, recorded, tmp_path):
     """In both forms no score tensor exceeds the limit, and image features are the same."""
     call = max((c for c in recorded if c.graph == "vision"), key=lambda c: c.feeds["pixel_values"].size)
     profiles = {"vision": {name: [array.shape] * 3 for name, array in call.feeds.items()}}
@@ -197,7 +197,7 @@ def test_tensorrt_for_rtx_compiles_the_device_forms_arithmetic(line, tmp_path):
     profiles = line.family.profiles(read_config(line.model), line.model)
     folder = device_arithmetic(line, tmp_path, RewriteOptions.for_profiles(profiles, scores_bytes=50_000))
     vision = onnx.load(folder / "vision.onnx", load_external_data=False).graph
-    if line.family.name == "qwen2_vl":  # InternVL's pictures of 17 positions have small scores
+    if line.family.name == "qwen2_vl":  # InternVL's images of 17 positions have small scores
         assert any(".tile.1/" in node.name for node in vision.node)
     for name in GRAPHS:
         both = [profiles[key] for key in (name, f"{name}.decode") if key in profiles]

@@ -30,7 +30,7 @@ BUCKETS, CHUNK = [32, 64, 160], 24
 LIMITS = Limits(160, None, "a test")
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 90, 3), dtype=np.uint8))
 
 
@@ -65,9 +65,9 @@ def engines(line, portable, profiles):
 
 
 def talk(runner, host) -> list[list[int]]:
-    """Tokens of three turns with pictures and drawn tokens: prefill, reuse, truncation, new buckets."""
+    """Tokens of three turns with images and drawn tokens: prefill, reuse, truncation, new buckets."""
     conversation, sampler = Conversation(host, runner, LIMITS), Sampler(SamplingPlan(1.5, 50, 0.95, 4))
-    asked = [("Read row 1.", [("p", picture(1))]), ("How many?", []), ("And here?", [("q", picture(2))])]
+    asked = [("Read row 1.", [("p", image(1))]), ("How many?", []), ("And here?", [("q", image(2))])]
     return [list(conversation.ask(text, about, sampler, 9).ids) for text, about in asked]
 
 
@@ -82,10 +82,10 @@ def test_tokens_equal_onnxruntimes(engines, portable, host):
 
 def test_logits_equal_those_of_the_exact_cache(engines, portable, host):
     """Bucketed, chunked, in place: the arithmetic differs by the order of sums alone."""
-    prepared = host.prepare(picture(3), "Read row 1.")
+    prepared = host.prepare(image(3), "Read row 1.")
     runner, _ = engine_runner(engines, host)
     exact = GraphRunner(portable, host.settings["decoder"], host.axes, 160)
-    features = [each.picture_features(prepared.vision_feeds[0]) for each in (runner, exact)]
+    features = [each.image_features(prepared.vision_feeds[0]) for each in (runner, exact)]
     np.testing.assert_array_equal(*features)
     logits = [each.extend(prepared.input_ids, features[0], prepared.positions) for each in (runner, exact)]
     np.testing.assert_allclose(*logits, atol=1e-4)
@@ -205,12 +205,12 @@ def test_more_than_there_is_room_for_is_refused(engines, host):
         runner.extend(np.zeros(161, np.int64), np.zeros((0, 0), np.float32), np.zeros((host.axes, 161), np.int64))
 
 
-def test_a_picture_beyond_the_profile_is_refused_with_the_largest(engines, host):
+def test_a_image_beyond_the_profile_is_refused_with_the_largest(engines, host):
     runner, _ = engine_runner(engines, host)
-    feeds = host.picture_feeds(picture(1))
+    feeds = host.image_feeds(image(1))
     large = {name: np.concatenate([array] * 50) for name, array in feeds.items()}
     with pytest.raises(InputDataError, match=r"engine vision: .* is refused .* the largest it is built for is"):
-        runner.picture_features(large)
+        runner.image_features(large)
 
 
 @pytest.mark.gpu
@@ -229,10 +229,10 @@ def test_engines_on_a_gpu_answer_as_onnxruntime_does(line, host, profiles, porta
         pytest.skip(str(error))
     runner = open_runner(bundle, tmp_path / "e", "tensorrt_rtx", host, 160)
     exact = GraphRunner(portable, host.settings["decoder"], host.axes, 160)
-    prepared = host.prepare(picture(3), "Read row 1.")
+    prepared = host.prepare(image(3), "Read row 1.")
     logits = []
     for each in (runner, exact):
-        features = each.picture_features(prepared.vision_feeds[0])
+        features = each.image_features(prepared.vision_feeds[0])
         rows = [each.extend(prepared.input_ids, features, prepared.positions)]
         for step in range(5):
             positions = np.full((host.axes, 1), prepared.next_position + step)
@@ -253,10 +253,10 @@ class TestDeviceGraphs:
         weights = line.root / "device" / SIDECAR
         runner, _ = engine_runner(simulated_engines, host, weights)
         reference = GraphRunner(device_graphs(line.root / "device"), host.settings["decoder"], host.axes, 160)
-        prepared = host.prepare(picture(1), "Read row 1.")
+        prepared = host.prepare(image(1), "Read row 1.")
         tokens = []
         for each in (runner, reference):
-            features = each.picture_features(prepared.vision_feeds[0])
+            features = each.image_features(prepared.vision_feeds[0])
             logits = [each.extend(prepared.input_ids, features, prepared.positions)]
             for step in range(3):
                 positions = np.full((host.axes, 1), prepared.next_position + step)

@@ -67,7 +67,7 @@ def test_a_failed_gate_writes_the_report_and_raises(line, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "validation.json").read_text())["passed"] is False
 
 
-def test_recorded_calls_cover_padding_and_mixed_picture_sizes(recorded):
+def test_recorded_calls_cover_padding_and_mixed_image_sizes(recorded):
     masks = [call.feeds["attention_mask"] for call in recorded if call.graph == "decoder"]
     assert any((mask == 0).any() for mask in masks)
     assert len({call.feeds["pixel_values"].shape[0] for call in recorded if call.graph == "vision"}) > 1

@@ -120,8 +120,8 @@ def test_the_bundle_answers(finished, tiny_manifest, capsys, tmp_path):
     assert (code, found["tokens"] <= 5, found["provider"]) == (0, True, "cpu")
     broken = tmp_path / "broken.png"
     broken.write_bytes(image.read_bytes()[:80])
-    for picture, words in ((broken, "broken.png cannot be read"), (tmp_path / "gone.png", "gone.png does not exist")):
-        assert main(["run", str(finished / "bundle"), "--image", str(picture), "--prompt", "?"]) == 7
+    for path, words in ((broken, "broken.png cannot be read"), (tmp_path / "gone.png", "gone.png does not exist")):
+        assert main(["run", str(finished / "bundle"), "--image", str(path), "--prompt", "?"]) == 7
         assert words in capsys.readouterr().err
 
 
@@ -210,11 +210,11 @@ def test_a_chat_keeps_the_conversation_and_what_is_computed(finished, tiny_manif
         replies.append(reply)
         text = text[end:].strip()
     first, second, third = replies
-    assert first["picture_tokens"] > 0
+    assert first["image_tokens"] > 0
     assert first["reused_tokens"] == 0
     assert second["reused_tokens"] >= first["prompt_tokens"]
-    assert second["picture_tokens"] == first["picture_tokens"]
-    assert third["picture_tokens"] == 0
+    assert second["image_tokens"] == first["image_tokens"]
+    assert third["image_tokens"] == 0
     assert third["prompt_tokens"] < first["prompt_tokens"]
 
 

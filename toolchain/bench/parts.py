@@ -22,7 +22,7 @@ from toolchain.vq.weights import Options, Problem, output_errors, pack_group, st
 PARTS = ("statistics", "drift", "factor", "sweep", "descent")
 PART_OF_SWEEP = "factor"  # timed apart, and done once more inside the sweep: it is not added to sums
 OURS, PEER, PEER_CODE = "mgvq", "gptq", "4,8,8"
-# Tokens a sample: moments are added up sample by sample, and a picture with its question is of this order.
+# Tokens a sample: moments are added up sample by sample, and an image with its question is of this order.
 SAMPLE_TOKENS = 1024
 WEIGHT_SIZE = 0.02  # standard deviation, as of a trained decoder's linears
 COLUMN_SPREAD = 0.7  # of the logarithm of the input columns' sizes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.calibration.gradients import TOKEN_PARTS, layer_rows, split_token_weights
-from toolchain.calibration.held_out import picture_numbers
+from toolchain.calibration.held_out import image_numbers
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.errors import InputDataError
 from toolchain.values import SILENT, LayerSpec, Progress, groups_of
@@ -61,7 +61,7 @@ def collect_pairs(
     """Group → moments of its inputs x_q in the model as it stands, against x_f in the full-precision one.
 
     Sums are weighted by token weights, accumulated in float32, in two halves that `drift.gated_shift` holds against one
-    another: the samples about every other picture, so that no picture is on both sides.
+    another: the samples about every other image, so that no image is on both sides.
 
     Args:
         full: None where no drift is wanted: x_f is then x_q.
@@ -72,9 +72,9 @@ def collect_pairs(
     """
     first = {group: members[0] for group, members in groups_of(specs).items()}
     halves: dict[str, list[Pair | None]] = {group: [None, None] for group in first}
-    pictures = picture_numbers(inputs)
+    images = image_numbers(inputs)
     for number, one in enumerate(inputs):
-        side = pictures[number] % 2
+        side = images[number] % 2
         own = inputs_of(quantized, one, first)
         other = own if full is None else inputs_of(full, one, first)
         for group, rows in own.items():
@@ -181,5 +181,5 @@ def inputs_of(model: nn.Module, one: CalibrationInput, layers: Mapping[str, Laye
             handle.remove()
     missed = [spec.name for group, spec in layers.items() if group not in seen.rows]
     if missed:
-        raise InputDataError(f"layer {missed[0]}: a calibration input does not reach it; every line needs a picture")
+        raise InputDataError(f"layer {missed[0]}: a calibration input does not reach it; every line needs an image")
     return seen.rows

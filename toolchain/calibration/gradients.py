@@ -20,7 +20,7 @@ from toolchain.errors import InputDataError
 from toolchain.values import SILENT, LayerSpec, Progress, groups_of
 from toolchain.vq.curvature import balanced_token_weights, unit_mean
 
-# Parts of the decoder, where picture and text tokens stand side by side.
+# Parts of the decoder, where image and text tokens stand side by side.
 TOKEN_PARTS = ("language", "head")
 TEXT, IMAGE = MODALITIES = ("text", "image")
 ROWS_UP_TO = 4_096  # layers of more outputs take S_o = I: S_o alone would be 64 MiB and more
@@ -31,7 +31,7 @@ class GradientSample:
     """One sequence's gradient of one layer in factors, G_b = δᵀ x: δ float32[t, m] and x float32[t, n].
 
     Of an embedding x is the ids int64[t] and δ float32[t, n]: row `id` of G_b is the sum of its tokens' δ.
-    `is_image` bool[t] says which tokens are a picture's, where the layer sees both kinds; else None.
+    `is_image` bool[t] says which tokens are an image's, where the layer sees both kinds; else None.
     """
 
     outputs: Tensor
@@ -89,13 +89,13 @@ def layer_rows(x: Tensor, spec: LayerSpec, module: nn.Module) -> Tensor:
 
 
 def marks_of(spec: LayerSpec, tokens: int, one: CalibrationInput) -> Tensor | None:
-    """bool[tokens], which inputs of a layer stand at a picture's positions; None where it sees one kind alone."""
+    """bool[tokens], which inputs of a layer stand at an image's positions; None where it sees one kind alone."""
     mixed = spec.part in TOKEN_PARTS and tokens == len(one.is_image)
     return one.is_image if mixed else None
 
 
 def lone_modality(spec: LayerSpec) -> str:
-    """What a layer sees that does not see both: all before the decoder is of a picture, all else of text."""
+    """What a layer sees that does not see both: all before the decoder is of an image, all else of text."""
     return IMAGE if spec.part in ("vision", "projector") else TEXT
 
 
@@ -232,7 +232,7 @@ def _statistics(
             if len(sums[spec.name].norms) != len(inputs):
                 raise InputDataError(
                     f"layer {spec.name}: the loss of {len(sums[spec.name].norms)} of {len(inputs)} calibration inputs "
-                    "reaches it, expected every one; every line needs a picture, and a layer must run once a pass"
+                    "reaches it, expected every one; every line needs an image, and a layer must run once a pass"
                 )
         shares = [[norms * (spec.rows / rows) for norms in sums[spec.name].norms] for spec in members]
         norms = [torch.stack(parts).sum(dim=0) for parts in zip(*shares, strict=True)]

@@ -16,7 +16,7 @@ from toolchain.values import Sample
 
 @dataclass(frozen=True)
 class CalibrationInput:
-    """One forward pass: the model's keyword arguments (batch of 1); which positions hold picture features, bool[S]; how
+    """One forward pass: the model's keyword arguments (batch of 1); which positions hold image features, bool[S]; how
     many of the last tokens are the answer, its stop token included (0 where the line has none).
     """
 
@@ -25,8 +25,8 @@ class CalibrationInput:
     answer_tokens: int = 0
 
     @cached_property
-    def picture_digest(self) -> bytes:
-        """SHA-256 of the pixels, or of the tokens where it has no picture: equal pictures, equal digests."""
+    def image_digest(self) -> bytes:
+        """SHA-256 of the pixels, or of the tokens where it has no image: equal images, equal digests."""
         seen = self.tensors.get("pixel_values", self.tensors["input_ids"]).detach().cpu().contiguous()
         return hashlib.sha256(repr(tuple(seen.shape)).encode() + seen.view(torch.uint8).numpy().tobytes()).digest()
 

@@ -22,7 +22,7 @@ OPTIONAL_KEYS = ("answer",)
 def read_manifest(path: Path) -> list[Sample]:
     """The samples of a `.jsonl` manifest: one {"image", "prompt"[, "answer"]} a line, image paths relative to the file.
 
-    Every picture is opened and checked now, so that nothing fails an hour later.
+    Every image is opened and checked now, so that nothing fails an hour later.
 
     Raises:
         InputDataError: the file is missing or empty, or a line is not what it should be; names file and line.
@@ -39,7 +39,7 @@ def read_manifest(path: Path) -> list[Sample]:
 
 
 def samples_hash(samples: Sequence[Sample]) -> str:
-    """SHA-256 over prompts, answers and picture bytes, in order; where the files lie does not matter."""
+    """SHA-256 over prompts, answers and image bytes, in order; where the files lie does not matter."""
     digest = hashlib.sha256()
     for sample in samples:
         line = [sha256_file(sample.image), sample.prompt, sample.answer]
@@ -72,7 +72,7 @@ def _check_image(image: Path, where: str) -> None:
     if not image.is_file():
         raise InputDataError(f"{where}: image {image} does not exist; paths are relative to the manifest")
     try:
-        with Image.open(image) as picture:
-            picture.load()
+        with Image.open(image) as opened:
+            opened.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputDataError(f"{where}: image {image} cannot be read ({error}); save it again as PNG or JPEG") from None

@@ -55,8 +55,8 @@ def collect_moments(
     """Layer name → moments of its input over all forward passes, accumulated in float32.
 
     Layers of one group read the same input and share one `Moments`. A forward pass stops at the last layer asked
-    about, which is not run itself. In decoder layers picture and text tokens have half of the token weight each; the
-    head is asked about text positions only, because what it says at a picture's is never read.
+    about, which is not run itself. In decoder layers image and text tokens have half of the token weight each; the
+    head is asked about text positions only, because what it says at an image's is never read.
 
     Raises:
         InputDataError: no input reaches a layer.
@@ -93,7 +93,7 @@ def collect_moments(
             handle.remove()
     for group, found in sums.items():
         if not found.tokens:
-            raise InputDataError(f"layer {first[group].name}: no calibration input reaches it; add pictures")
+            raise InputDataError(f"layer {first[group].name}: no calibration input reaches it; add images")
     moments = {group: found.moments() for group, found in sums.items()}
     return {spec.name: moments[spec.group] for spec in layers}
 

@@ -37,7 +37,7 @@ def answered(
 
     Raises:
         UsageError: a prompt and its answer would exceed the model's context.
-        InputDataError: a picture cannot be read.
+        InputDataError: an image cannot be read.
     """
     wanted = [place for place, sample in enumerate(samples) if sample.answer is None]
     if not wanted or most_tokens == 0:

@@ -51,7 +51,7 @@ AnsweringOption = Annotated[
     Answering, typer.Option("--backend", help="ort (onnxruntime, anywhere), or engines that mgvq build made.")
 ]
 ImageOption = Annotated[
-    list[Path] | None, typer.Option("--image", help="A picture the question is about; may be given more than once.")
+    list[Path] | None, typer.Option("--image", help="An image the question is about; may be given more than once.")
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the most probable token; above, tokens are drawn.")]
 TopKOption = Annotated[int, typer.Option(help="Draw from this many of the most probable tokens; 0 for all.")]
@@ -123,7 +123,7 @@ def build(
             opened, output, backend, BuildOptions(sm, plugin, level, ignore_memory, not no_check, twins),
             progress=progress,
         )  # fmt: skip
-    next_ = f"mgvq run {bundle} --backend {backend} --engines {output} --prompt QUESTION --image PICTURE"
+    next_ = f"mgvq run {bundle} --backend {backend} --engines {output} --prompt QUESTION --image IMAGE"
     _emit_build(report.to_json(), output, next_, form)
 
 
@@ -200,13 +200,13 @@ def run(
     provider: ProviderOption = Provider.cpu,
     form: FormatOption = Format.text,
 ) -> None:
-    """Answer one question about pictures, with a bundle's portable graphs in onnxruntime or with built engines."""
+    """Answer one question about images, with a bundle's portable graphs in onnxruntime or with built engines."""
     if stream and form is Format.json:
         raise UsageError("--stream has no effect with --format json; leave one of them out")
     sampler = _sampler(temperature, top_k, top_p, seed)
-    pictures = _pictures(image or [])
+    images = _images(image or [])
     conversation = _conversation(bundle, backend, engines, provider)
-    reply = conversation.ask(prompt, pictures, sampler, max_new_tokens, _printer if stream else None)
+    reply = conversation.ask(prompt, images, sampler, max_new_tokens, _printer if stream else None)
     data = {"answer": reply.text, "tokens": len(reply.ids), "stopped": reply.stopped}
     data |= {"seconds": round(reply.seconds, 3), **_facts(reply, backend, provider)}
     emit(data, "" if stream else reply.text, form)
@@ -229,11 +229,11 @@ def chat(
     provider: ProviderOption = Provider.cpu,
     form: FormatOption = Format.text,
 ) -> None:
-    """Hold a conversation: a line is a question; /image PATH adds a picture to the next one, /reset, /help, /exit."""
+    """Hold a conversation: a line is a question; /image PATH adds an image to the next one, /reset, /help, /exit."""
     if stream is not None and form is Format.json:
         raise UsageError(f"--{'' if stream else 'no-'}stream has no effect with --format json; leave one of them out")
     sampler = _sampler(temperature, top_k, top_p, seed)
-    pictures = _pictures(image or [])
+    images = _images(image or [])
     conversation = _conversation(bundle, backend, engines, provider)
     streamed = form is Format.text and stream is not False
 
@@ -248,15 +248,15 @@ def chat(
         )
         _say_if_cut(reply, max_new_tokens)
 
-    _converse(conversation, answer, pictures)
+    _converse(conversation, answer, images)
 
 
-HELP = "/image PATH adds a picture to the next question; /reset starts over; /exit or end of input leaves"
+HELP = "/image PATH adds an image to the next question; /reset starts over; /exit or end of input leaves"
 
 
-def _converse(conversation: Conversation, answer: Callable[[str, list], None], pictures: list) -> None:
+def _converse(conversation: Conversation, answer: Callable[[str, list], None], images: list) -> None:
     """Read lines until the end. On a terminal a refusal is printed and the conversation goes on; else it ends it."""
-    waiting, live = list(pictures), sys.stdin.isatty()
+    waiting, live = list(images), sys.stdin.isatty()
     if live:
         print(HELP, file=sys.stderr)
     while True:
@@ -274,7 +274,7 @@ def _converse(conversation: Conversation, answer: Callable[[str, list], None], p
                 conversation.reset()
                 waiting = []
             elif word == "/image":
-                waiting += _pictures([Path(path) for path in shlex.split(rest)])
+                waiting += _images([Path(path) for path in shlex.split(rest)])
             elif word.startswith("/"):
                 raise UsageError(f"{word} is no command here; {HELP}")
             elif word:
@@ -315,10 +315,10 @@ def _sampler(temperature: float, top_k: int, top_p: float, seed: int) -> Sampler
     return Sampler(SamplingPlan(temperature, top_k, top_p, seed))
 
 
-def _pictures(paths: list[Path]) -> list:
+def _images(paths: list[Path]) -> list:
     from toolchain.device.families.base import open_image
 
-    return [(f"picture {path}", open_image(path)) for path in paths]
+    return [(f"image {path}", open_image(path)) for path in paths]
 
 
 def _facts(reply: Reply, backend: Answering, provider: Provider) -> dict[str, Any]:

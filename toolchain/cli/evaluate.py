@@ -116,7 +116,7 @@ def text_row(row: dict[str, Any]) -> dict[str, str]:
 
 
 def layer_text(layers: list[dict[str, Any]]) -> str:
-    """The worst two layers of every part, with their errors at text and at picture positions."""
+    """The worst two layers of every part, with their errors at text and at image positions."""
     from toolchain.evaluate.layer_errors import worst_layers
 
     rows = []
@@ -130,7 +130,7 @@ def layer_text(layers: list[dict[str, Any]]) -> str:
 def evaluate(
     model: ModelOption,
     data: Annotated[Path, typer.Option(help="Manifest whose lines have answers.")],
-    calib: Annotated[Path | None, typer.Option(help="Calibration manifest; refused when it shares a picture.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Calibration manifest; refused when it shares an image.")] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Checkpoint to measure KL divergence from, the full-precision one as a rule.")
     ] = None,

@@ -73,7 +73,7 @@ def plan(
         int | None, typer.Option(min=1, help="Tokens of context; the target's default if absent.")
     ] = None,
     image: Annotated[
-        str | None, typer.Option(help="Largest picture, WIDTHxHEIGHT; the target's limit if absent.")
+        str | None, typer.Option(help="Largest image, WIDTHxHEIGHT; the target's limit if absent.")
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
@@ -84,9 +84,9 @@ def plan(
 
     board = load_target(target)
     average, budget_bytes = bits_or_budget(bits, budget)
-    picture, chosen = parse_image(image), stored_method(method)
+    size, chosen = parse_image(image), stored_method(method)
     recipe = (chosen.overlaps, chosen.codebooks)
-    planned = plan_model(model, board, average, context, picture, budget_bytes, (), *recipe)
+    planned = plan_model(model, board, average, context, size, budget_bytes, (), *recipe)
     emit(planned.to_json(), planned.text(), form)
     if planned.problems:
         raise BudgetError(

@@ -81,7 +81,7 @@ def demo(
     resume: ResumeOption = Resume.auto,
     form: FormatOption = Format.text,
 ) -> None:
-    """Run the whole line on the built-in model and pictures, with round-to-nearest beside it. No network."""
+    """Run the whole line on the built-in model and images, with round-to-nearest beside it. No network."""
     from toolchain import demo as builtin
     from toolchain.run.settings import resolve
 
@@ -123,7 +123,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines.append(f"validation {facts['validation']['text']}")
     lines.append(f"bundle     {facts['bundle']}")
     lines.append(f"report     {facts['report']}")
-    lines.append(f"next       mgvq run {facts['bundle']} --image PICTURE --prompt QUESTION")
+    lines.append(f"next       mgvq run {facts['bundle']} --image IMAGE --prompt QUESTION")
     return "\n".join(lines)
 
 

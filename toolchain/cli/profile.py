@@ -36,7 +36,7 @@ class ProfileBackendName(str, Enum):
     tensorrt_rtx = "tensorrt_rtx"
 
 
-DEFAULT_PROMPT = "Describe the picture."
+DEFAULT_PROMPT = "Describe the image."
 
 
 def profile(
@@ -45,7 +45,7 @@ def profile(
     backend: Annotated[ProfileBackendName, typer.Option(help="What runs it.")] = ProfileBackendName.ort,
     engines: EnginesOption = None,
     image: Annotated[
-        Path | None, typer.Option(help="The picture; noise of the planned size when absent (content changes no time).")
+        Path | None, typer.Option(help="The image; noise of the planned size when absent (content changes no time).")
     ] = None,
     prompt: Annotated[str, typer.Option(help="The question.")] = DEFAULT_PROMPT,
     repeats: Annotated[int, typer.Option(min=1, help="Answers that count.")] = 10,
@@ -103,21 +103,21 @@ def _opened(
     """What the flags name; what is not there is refused before anything runs."""
     from toolchain.device.families.base import open_image
     from toolchain.device.profile.measure import Question
-    from toolchain.device.profile.source import check_question, noise_picture, prediction_for, source_of
+    from toolchain.device.profile.source import check_question, noise_image, prediction_for, source_of
 
     if not source.is_dir():
         raise InputDataError(f"{source} does not exist or is no folder; expected a bundle, or a checkpoint for torch")
-    picture = open_image(image) if image else None
+    given = open_image(image) if image else None
     if backend is ProfileBackendName.torch:
         model = _torch(source, provider)
-        asked = Question(prompt, picture or noise_picture(model.host.settings, None))
+        asked = Question(prompt, given or noise_image(model.host.settings, None))
         return Opened(model, model.host, asked, source_of(source, None))
     from toolchain.bundle.manifest import open_bundle
     from toolchain.device.families import host_from_folder
 
     bundle = open_bundle(source)
     host = host_from_folder(bundle.folder / "processor")
-    asked = Question(prompt, picture or noise_picture(host.settings, bundle))
+    asked = Question(prompt, given or noise_image(host.settings, bundle))
     check_question(bundle, host, asked, tokens)
     if backend is ProfileBackendName.ort:
         opened: Any = _onnxruntime(bundle.folder / "portable", host, provider)

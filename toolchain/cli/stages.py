@@ -144,7 +144,7 @@ def rewrite(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="With --onnx: seed of the tables' training; 0 if not given.")] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="With GRAPHS: checkpoint whose largest picture sets tiles.")
+        Path | None, typer.Option("--model", "-m", help="With GRAPHS: checkpoint whose largest image sets tiles.")
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Board whose largest block of memory bounds every weight; see mgvq targets.")

@@ -1,4 +1,4 @@
-"""A model on a manifest of pictures, questions and answers: what it answers, and how far it is from another model."""
+"""A model on a manifest of images, questions and answers: what it answers, and how far it is from another model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def answer_all(
     """Greedy answers of the three graphs to every sample, in batches padded on the left.
 
     Raises:
-        InputDataError: no samples, a sample without an answer to compare with, or an unreadable picture.
+        InputDataError: no samples, a sample without an answer to compare with, or an unreadable image.
     """
     if not samples:
         raise InputDataError("evaluation manifest: expected at least one line, found none")
@@ -76,17 +76,17 @@ def answer_all(
 
 
 def refuse_overlap(calibration: Sequence[Sample], evaluation: Sequence[Sample]) -> None:
-    """Refuse when a picture (by its bytes) is used both to calibrate and to evaluate.
+    """Refuse when an image (by its bytes) is used both to calibrate and to evaluate.
 
     Raises:
-        InputDataError: naming the first shared picture.
+        InputDataError: naming the first shared image.
     """
     seen = {sha256_file(s.image): s.image for s in calibration}
     for sample in evaluation:
         twin = seen.get(sha256_file(sample.image))
         if twin is not None:
             raise InputDataError(
-                f"evaluation picture {sample.image} has the same bytes as calibration picture {twin}; scores would be "
+                f"evaluation image {sample.image} has the same bytes as calibration image {twin}; scores would be "
                 "flattered, remove it from one of the manifests"
             )
 
@@ -173,10 +173,10 @@ def divergences_from(
     return tuple(divergences)
 
 
-def picture_clusters(samples: Sequence[Sample]) -> tuple[Hashable, ...]:
-    """A digest of each sample's picture: questions about one picture go wrong together."""
-    pictures = {path: sha256_file(path) for path in {sample.image for sample in samples}}
-    return tuple(pictures[sample.image] for sample in samples)
+def image_clusters(samples: Sequence[Sample]) -> tuple[Hashable, ...]:
+    """A digest of each sample's image: questions about one image go wrong together."""
+    images = {path: sha256_file(path) for path in {sample.image for sample in samples}}
+    return tuple(images[sample.image] for sample in samples)
 
 
 def divergence_from(
@@ -187,6 +187,6 @@ def divergence_from(
     seed: int,
     progress: Progress,
 ) -> Interval:
-    """`divergences_from` as their mean over tokens with its bootstrap interval, pictures as clusters."""
+    """`divergences_from` as their mean over tokens with its bootstrap interval, images as clusters."""
     found = divergences_from(reference, model, processor, samples, progress)
-    return bootstrap(found, picture_clusters(samples), seed)
+    return bootstrap(found, image_clusters(samples), seed)

@@ -25,11 +25,11 @@ from toolchain.evaluate.answers import (
     answer_all,
     check_answers,
     divergences_from,
+    image_clusters,
     log_probabilities_of,
-    picture_clusters,
     refuse_overlap,
 )
-from toolchain.evaluate.compare_rows import Measured, Pictures, full_precision_row, no_pair, pair_with, row_of
+from toolchain.evaluate.compare_rows import Images, Measured, full_precision_row, no_pair, pair_with, row_of
 from toolchain.evaluate.layer_errors import layer_errors
 from toolchain.models.family import Family, Processor
 from toolchain.models.registry import family_for
@@ -117,7 +117,7 @@ def compare_methods(
 
     Every method gets the same calibration samples and its default options; models are quantized one after the other
     into a temporary folder. Figures of a row are means over the seeds, intervals 95 % bootstrap intervals over
-    pictures; a row:
+    images; a row:
 
         method            as asked for
         bits              real bits a weight over the model: codes, padding, codebooks, scales, and all that stays
@@ -128,7 +128,7 @@ def compare_methods(
         kl, kl_low, kl_high   KL(full precision ‖ method), nats per answer token of the manifest's answers, stop token
                               included
         against           the method this row is held against at the same average; null where there is none
-        kl_ratio, kl_ratio_low, kl_ratio_high   this row's KL over that method's, both over the same drawn pictures;
+        kl_ratio, kl_ratio_low, kl_ratio_high   this row's KL over that method's, both over the same drawn images;
                               above 1 is worse; null where that method's KL is zero
         kl_difference, kl_difference_low, kl_difference_high   this row's KL less that method's
         accuracy          share of greedy answers that equal the expected ones, 0 to 1
@@ -144,7 +144,7 @@ def compare_methods(
 
     Raises:
         UsageError, UnsupportedError, InputDataError: before any work: a method or an average that is not possible,
-            samples without answers, a picture that stands in both manifests.
+            samples without answers, an image that stands in both manifests.
     """
     methods, against = check_methods(settings.methods, settings.against)
     check_seeds(settings.seeds)
@@ -155,7 +155,7 @@ def compare_methods(
     check_answers(evaluation)
     refuse_overlap(calibration, evaluation)
     bench = _open(base, family, calibration, evaluation, settings.answer_tokens, progress)
-    pictures = Pictures(picture_clusters(evaluation), settings.seeds[0])
+    images = Images(image_clusters(evaluation), settings.seeds[0])
     rows = [_measure_full_precision(bench)]
     for average in settings.bits:
         found = {
@@ -166,8 +166,8 @@ def compare_methods(
             for method in methods
         }
         for name, measured in found.items():
-            pair = pair_with(against, found[against], measured, pictures) if against else no_pair()
-            rows.append(row_of(name, average, measured, pictures, pair))
+            pair = pair_with(against, found[against], measured, images) if against else no_pair()
+            rows.append(row_of(name, average, measured, images, pair))
     return rows
 
 

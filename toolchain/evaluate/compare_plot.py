@@ -1,4 +1,4 @@
-"""KL divergence against real bits as one SVG picture that needs no script, no font and no network."""
+"""KL divergence against real bits as one SVG image that needs no script, no font and no network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where values stand in the picture: real bits rightwards, the divergence's logarithm upwards."""
+    """Where values stand in the image: real bits rightwards, the divergence's logarithm upwards."""
 
     bits: tuple[float, float]
     kl: tuple[float, float]
@@ -130,7 +130,7 @@ def _series(
 
 
 def _labels(methods: Sequence[str], ends: Sequence[tuple[float, float]], scale: _Scale) -> list[str]:
-    """A name for every line, right of the picture, joined to the line's last point."""
+    """A name for every line, right of the image, joined to the line's last point."""
     column = WIDTH - RIGHT + 34
     parts = []
     for number, (method, (x, y), place) in enumerate(
@@ -162,7 +162,7 @@ def _axes(scale: _Scale, is_dodged: bool) -> list[str]:
     middle = (LEFT + WIDTH - RIGHT) / 2
     note = "; points at nearly equal bits are drawn apart" if is_dodged else ""
     parts.append(_text(middle, scale.height - 12, f"real bits a weight, whole model{note}", "middle"))
-    parts.append(_text(LEFT - 55, TOP - 14, "KL to full precision, nats per answer token (95 % over pictures)"))
+    parts.append(_text(LEFT - 55, TOP - 14, "KL to full precision, nats per answer token (95 % over images)"))
     return parts
 
 

@@ -35,8 +35,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Which picture each sample belongs to, and the seed that draws pictures again."""
+class Images:
+    """Which image each sample belongs to, and the seed that draws images again."""
 
     clusters: tuple[Hashable, ...]
     seed: int
@@ -51,16 +51,16 @@ def full_precision_row(bits: float, size: int, accuracy: float) -> dict[str, Any
 
 
 def row_of(
-    method: str, requested: float, found: Sequence[Measured], pictures: Pictures, pair: dict[str, Any]
+    method: str, requested: float, found: Sequence[Measured], images: Images, pair: dict[str, Any]
 ) -> dict[str, Any]:
-    """One row: every figure is the mean over the seeds in `found`, and its interval that over pictures.
+    """One row: every figure is the mean over the seeds in `found`, and its interval that over images.
 
     Seeds are averaged, not drawn again: a handful is too few. How far they lie apart stands in `per_seed`.
 
     Args:
         pair: `pair_with` what the row is held against, or `no_pair`.
     """
-    kl = bootstrap(mean_divergences(found), pictures.clusters, pictures.seed)
+    kl = bootstrap(mean_divergences(found), images.clusters, images.seed)
     return (
         {"method": method}
         | _costs(found)
@@ -71,7 +71,7 @@ def row_of(
             "accuracy": fmean(one.accuracy for one in found),
             "seconds": fmean(one.seconds for one in found),
             "seeds": [one.seed for one in found],
-            "per_seed": [_seed_row(one, pictures) for one in found],
+            "per_seed": [_seed_row(one, images) for one in found],
             "layers": mean_layers(found),
         }
     )
@@ -83,14 +83,12 @@ def no_pair() -> dict[str, Any]:
     return {"against": None} | dict.fromkeys(keys)
 
 
-def pair_with(
-    against: str, others: Sequence[Measured], found: Sequence[Measured], pictures: Pictures
-) -> dict[str, Any]:
-    """{"against", "kl_ratio…", "kl_difference…"}: theirs over, and less, the other's, over the same drawn pictures.
+def pair_with(against: str, others: Sequence[Measured], found: Sequence[Measured], images: Images) -> dict[str, Any]:
+    """{"against", "kl_ratio…", "kl_difference…"}: theirs over, and less, the other's, over the same drawn images.
 
     The ratio is null where the other's divergence is zero.
     """
-    pair = paired_bootstrap(mean_divergences(found), mean_divergences(others), pictures.clusters, pictures.seed)
+    pair = paired_bootstrap(mean_divergences(found), mean_divergences(others), images.clusters, images.seed)
     ratio = pair.ratio.to_json("kl_ratio") if pair.ratio else {}
     return no_pair() | {"against": against} | ratio | pair.difference.to_json("kl_difference")
 
@@ -125,7 +123,7 @@ def _costs(found: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _seed_row(one: Measured, pictures: Pictures) -> dict[str, Any]:
-    kl = bootstrap(one.divergences, pictures.clusters, pictures.seed)
+def _seed_row(one: Measured, images: Images) -> dict[str, Any]:
+    kl = bootstrap(one.divergences, images.clusters, images.seed)
     rest = {"accuracy": one.accuracy, "seconds": one.seconds}
     return {"seed": one.seed} | _costs([one]) | kl.to_json() | rest

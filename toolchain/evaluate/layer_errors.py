@@ -1,4 +1,4 @@
-"""What each quantized layer does to its own output, at picture positions and at text positions, on inputs held out.
+"""What each quantized layer does to its own output, at image positions and at text positions, on inputs held out.
 
 tr(E H Eᵀ) / tr(W H Wᵀ) with H = E[x xᵀ] is Σ ‖E x‖² / Σ ‖W x‖² over the same x. That is how it is computed: no moment
 is kept, and a whole model is measured in one pass over its inputs.
@@ -25,9 +25,9 @@ from toolchain.models.registry import family_for
 from toolchain.values import PARTS, SILENT, LayerSpec, Progress, Sample
 
 TEXT, IMAGE = "text", "image"
-# Everything these see comes from a picture. The head is asked about text alone, since what it says at a picture's
-# positions is never read, and the embedding too, since pictures' features take its rows' place there.
-PICTURE_PARTS = ("vision", "projector")
+# Everything these see comes from an image. The head is asked about text alone, since what it says at an image's
+# positions is never read, and the embedding too, since images' features take its rows' place there.
+IMAGE_PARTS = ("vision", "projector")
 TEXT_PARTS = ("embedding", "head")
 # Of a weight and its quantized form. Rounded to 2 bits it is 0.9 and more; permuted, or of another model, about 0.
 LEAST_COSINE = 0.3
@@ -35,7 +35,7 @@ LEAST_COSINE = 0.3
 
 @dataclass(frozen=True)
 class LayerError:
-    """tr(E H Eᵀ) / tr(W H Wᵀ) of one layer with H of text positions, of picture positions, and of both.
+    """tr(E H Eᵀ) / tr(W H Wᵀ) of one layer with H of text positions, of image positions, and of both.
 
     None where no such position reaches the layer. `both` gives either modality half of the mass of H, however many
     positions it has, as `calibration.Moments` does.
@@ -158,7 +158,7 @@ def _matrix(model: nn.Module, spec: LayerSpec) -> Tensor:
 
 def _split(spec: LayerSpec, is_image: Tensor, sums: _Sums, difference: Tensor, output: Tensor) -> None:
     """Add rows, one a position, to the modality they belong to."""
-    if spec.part in PICTURE_PARTS:
+    if spec.part in IMAGE_PARTS:
         sums.add(IMAGE, difference, output)
         return
     if len(output) != len(is_image):

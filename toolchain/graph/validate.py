@@ -8,7 +8,7 @@
     generate           = reference graphs      gated: greedy answers equal token for token
 
 on one prompt alone, with the cache as it is and in a device's buckets, and on pairs padded on the left; prefill and
-decode steps, pictures of several sizes.
+decode steps, images of several sizes.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def validate_line(
     Raises:
         NumericGateError: a gate failed; everything is written first.
         EnvironmentMismatch: onnxruntime lacks the provider.
-        InputDataError: a checkpoint, graph or picture is missing or broken.
+        InputDataError: a checkpoint, graph or image is missing or broken.
     """
     processor = family.load_processor(model)
     host = processor.host

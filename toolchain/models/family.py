@@ -54,7 +54,7 @@ class Processor:
         """Keyword arguments of `model(...)` for one sample, batch of 1; the answer's ids follow if asked for.
 
         Raises:
-            InputDataError: the picture cannot be read.
+            InputDataError: the image cannot be read.
         """
         import numpy as np
         import torch
@@ -85,7 +85,7 @@ class Processor:
         return extra
 
     def is_image(self, ids: torch.Tensor) -> torch.Tensor:
-        """bool, same shape: which positions hold picture features."""
+        """bool, same shape: which positions hold image features."""
         return ids == self.host.image_token_id
 
 
@@ -160,9 +160,9 @@ def decoder_lengths(context: int) -> dict[str, Any]:
 
 
 def limited_settings(settings: dict[str, Any], max_pixels: int, context: int) -> dict[str, Any]:
-    """host.json's content for a target: pictures made smaller above `max_pixels`, no more than `context` tokens.
+    """host.json's content for a target: images made smaller above `max_pixels`, no more than `context` tokens.
 
-    Families of fixed tiles keep their pictures: a tile's size is the checkpoint's.
+    Families of fixed tiles keep their images: a tile's size is the checkpoint's.
     """
     image, decoder = dict(settings["image"]), dict(settings["decoder"])
     if "max_pixels" in image:

@@ -103,7 +103,7 @@ def decoder_permutations(
         text: the decoder's part of the config.
         specs: the model's quantizable layers by name.
         decoder: the module that holds `layers` and `norm`.
-        feeder: the layer whose outputs stand in for picture tokens: it writes the residual stream too.
+        feeder: the layer whose outputs stand in for image tokens: it writes the residual stream too.
     """
     readers, producers = [columns_of(embedding), columns_of(head)], [*rows_of(specs[feeder])]
     producers += norm_of(f"{decoder}.norm", False)

@@ -1,4 +1,4 @@
-"""Qwen2-VL (arXiv 2409.12191): a ViT with rotary positions over whole pictures of any size, and a Qwen2 decoder.
+"""Qwen2-VL (arXiv 2409.12191): a ViT with rotary positions over whole images of any size, and a Qwen2 decoder.
 
 Published checkpoints call the same modules `visual.…` and `model.…`; transformers renames them on loading, and all
 names here are those of its module tree.
@@ -238,9 +238,9 @@ def _vision_spec(model: Any) -> base.GraphSpec:
 
 
 def vision_module(model: Any) -> torch.nn.Module:
-    """The tower for one picture a call: patches [N, channels], (row, column) ids int64[N, 2] → features, block outputs.
+    """The tower for one image a call: patches [N, channels], (row, column) ids int64[N, 2] → features, block outputs.
 
-    transformers' own forward splits attention by Python lengths and does not trace; one picture needs no split.
+    transformers' own forward splits attention by Python lengths and does not trace; one image needs no split.
     """
     import torch
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision

@@ -18,7 +18,7 @@ from toolchain.models.family import GraphSpec
 _ATTENTION = "mgvq"
 
 
-def picture_rank(is_image: torch.Tensor) -> torch.Tensor:
+def image_rank(is_image: torch.Tensor) -> torch.Tensor:
     """int64[B, S]: how many are set of bool[B, S] up to each place, itself included, in reading order.
 
     Sums under triangles instead of cumsum: TensorRT 10.3's parser makes a loop of CumSum, one step a token, which no
@@ -31,9 +31,9 @@ def picture_rank(is_image: torch.Tensor) -> torch.Tensor:
 
 
 class EmbedGraph(nn.Module):
-    """Token ids int64[B, S] and picture features [M, hidden] → embeddings [B, S, hidden].
+    """Token ids int64[B, S] and image features [M, hidden] → embeddings [B, S, hidden].
 
-    The i-th picture token of the batch, in reading order, takes the i-th feature row. Running count and gather instead
+    The i-th image token of the batch, in reading order, takes the i-th feature row. Running count and gather instead
     of masked_scatter: TensorRT refuses the NonZero that masked_scatter becomes.
     """
 
@@ -45,8 +45,8 @@ class EmbedGraph(nn.Module):
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
         embeds = self.tokens(input_ids)
         is_image = input_ids == self.image_token_id
-        rank = picture_rank(is_image)
-        # Row 0 is a row of zeros, so that rank 0 (no picture yet) and an empty feature list are both in range.
+        rank = image_rank(is_image)
+        # Row 0 is a row of zeros, so that rank 0 (no image yet) and an empty feature list are both in range.
         rows = torch.cat([image_features.new_zeros(1, image_features.shape[1]), image_features])
         return torch.where(is_image.unsqueeze(-1), rows[rank * is_image], embeds)
 

@@ -1,4 +1,4 @@
-"""The memory plan turned round: the largest picture, context and bits that fit, and what to turn down otherwise."""
+"""The memory plan turned round: the largest image, context and bits that fit, and what to turn down otherwise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Advice:
 
 
 def largest_image(plan: BitPlan, geometry: ModelGeometry, target: Target, workload: Workload) -> int:
-    """Side in pixels of the largest square picture that fits, the host's pixel limit lifted; 0 if none does."""
+    """Side in pixels of the largest square image that fits, the host's pixel limit lifted; 0 if none does."""
     unit = geometry.image_unit
 
     def fits(steps: int) -> bool:
@@ -103,8 +103,8 @@ def advise(plan: BitPlan, geometry: ModelGeometry, target: Target, memory: Memor
         found.append(_advice("bits", f"{smallest.index_bits:g} bits in every layer", result))
     if not any(advice.fits for advice in found):
         tight = _other_context(coarser, geometry, target, _smaller_image(coarser, geometry, target, workload))
-        picture = "{}x{}".format(*tight.image) if tight.image else "no picture"
-        to = f"{smallest.index_bits:g} bits, {picture}, {tight.context_tokens} tokens"
+        image = "{}x{}".format(*tight.image) if tight.image else "no image"
+        to = f"{smallest.index_bits:g} bits, {image}, {tight.context_tokens} tokens"
         found.append(_advice("bits, image and context", to, plan_memory(coarser, geometry, target, tight)))
     if not any(advice.fits for advice in found):
         least = mib(found[-1].peak_bytes)
@@ -114,7 +114,7 @@ def advise(plan: BitPlan, geometry: ModelGeometry, target: Target, memory: Memor
 
 
 def _smaller_image(plan: BitPlan, geometry: ModelGeometry, target: Target, workload: Workload) -> Workload:
-    """The asked-for picture, or the largest square that fits; the smallest there is where none does."""
+    """The asked-for image, or the largest square that fits; the smallest there is where none does."""
     if not workload.image or plan_memory(plan, geometry, target, workload).fits:
         return workload
     side = largest_image(plan, geometry, target, workload) or geometry.image_unit
@@ -124,7 +124,7 @@ def _smaller_image(plan: BitPlan, geometry: ModelGeometry, target: Target, workl
 
 
 def _other_context(plan: BitPlan, geometry: ModelGeometry, target: Target, workload: Workload) -> Workload:
-    """The asked-for context, or the largest that fits; where the picture needs a longer one, that."""
+    """The asked-for context, or the largest that fits; where the image needs a longer one, that."""
     memory = plan_memory(plan, geometry, target, workload)
     if memory.fits:
         return workload

@@ -1,4 +1,4 @@
-"""The sizes of a vision-language model that memory and latency follow from, and what one picture costs it.
+"""The sizes of a vision-language model that memory and latency follow from, and what one image costs it.
 
 No torch. Family files build a `ModelGeometry` from config.json; the readers for the two layouts in use
 (patches of any resolution, fixed tiles) are here because both are plain key look-ups.
@@ -19,7 +19,7 @@ MIN_PIXELS = 56 * 56  # Qwen2-VL's stock lower limit
 class ModelGeometry:
     """A decoder with grouped keys and values, and a vision tower.
 
-    With `tile_size` 0 pictures of any size become patches (Qwen2-VL); otherwise a picture becomes up to `max_tiles`
+    With `tile_size` 0 images of any size become patches (Qwen2-VL); otherwise an image becomes up to `max_tiles`
     squares of `tile_size` pixels plus a thumbnail (InternVL); how many a checkpoint allows stands in its processor, not
     in its config. `merge` patches a side become one visual token. Name prefixes say what a decoded token does not read.
     """
@@ -62,13 +62,13 @@ class ModelGeometry:
 
     @property
     def image_unit(self) -> int:
-        """Picture sides are worked in steps of this many pixels."""
+        """Image sides are worked in steps of this many pixels."""
         return self.tile_size or self.patch * self.merge
 
 
 @dataclass(frozen=True)
 class ImageWork:
-    """One picture as the tower sees it: `sequences` of `patches` each in one call, `tokens` visual tokens in all."""
+    """One image as the tower sees it: `sequences` of `patches` each in one call, `tokens` visual tokens in all."""
 
     width: int
     height: int
@@ -78,14 +78,14 @@ class ImageWork:
 
 
 def image_work(geometry: ModelGeometry, width: int, height: int, max_pixels: int) -> ImageWork:
-    """What a picture of width x height pixels costs; pictures above `max_pixels` are made smaller first.
+    """What an image of width x height pixels costs; images above `max_pixels` are made smaller first.
 
     Raises:
         InputDataError: a side is not positive, or the sides differ by more than a factor of 200.
     """
     if min(width, height) < 1 or max(width, height) > 200 * min(width, height):
         raise InputDataError(
-            f"picture of {width}x{height} pixels: expected sides of at least 1 that differ 200-fold at most"
+            f"image of {width}x{height} pixels: expected sides of at least 1 that differ 200-fold at most"
         )
     if geometry.tile_size:
         return _tile_work(geometry, width, height)

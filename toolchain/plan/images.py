@@ -14,7 +14,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How one family cuts pictures into patches. Pixels are counted after resizing."""
+    """How one family cuts images into patches. Pixels are counted after resizing."""
 
     min_pixels: int
     max_pixels: int
@@ -32,9 +32,7 @@ def resized_shape(height: int, width: int, plan: ImagePlan) -> tuple[int, int]:
         InputDataError: the sides differ by more than a factor of 200.
     """
     if max(height, width) > 200 * min(height, width):
-        raise InputDataError(
-            f"picture of {width}x{height} pixels: sides may differ by a factor of 200 at most; crop it"
-        )
+        raise InputDataError(f"image of {width}x{height} pixels: sides may differ by a factor of 200 at most; crop it")
     unit = plan.patch * plan.merge
     tall, wide = round(height / unit) * unit, round(width / unit) * unit
     if tall * wide > plan.max_pixels:
@@ -48,7 +46,7 @@ def resized_shape(height: int, width: int, plan: ImagePlan) -> tuple[int, int]:
 
 
 def tile_grid(width: int, height: int, side: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """(columns, rows) of tiles: nearest the picture's shape; of equally near ones, the larger that it half fills."""
+    """(columns, rows) of tiles: nearest the image's shape; of equally near ones, the larger that it half fills."""
     shapes = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1)]
     shapes = sorted((s for s in shapes if min_tiles <= s[0] * s[1] <= max_tiles), key=lambda s: s[0] * s[1])
     best, best_distance = (1, 1), float("inf")

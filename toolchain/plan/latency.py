@@ -1,4 +1,4 @@
-"""How long a picture and an answer take, before anything is built: bytes, FLOPs and launches by phase.
+"""How long an image and an answer take, before anything is built: bytes, FLOPs and launches by phase.
 
     time = bytes read / read bandwidth + FLOPs / (FP16 peak · matmul efficiency) + layers · 80,000 clocks
 
@@ -86,7 +86,7 @@ class LatencyPlan:
 
 
 def plan_latency(plan: BitPlan, geometry: ModelGeometry, target: Target, workload: Workload) -> LatencyPlan:
-    """Vision (left out without a picture), prefill of the whole prompt, and one decoded token at full context."""
+    """Vision (left out without an image), prefill of the whole prompt, and one decoded token at full context."""
     image = image_work(geometry, *workload.image, workload.max_pixels) if workload.image else None
     prefill = min(workload.context_tokens, (image.tokens if image else 0) + workload.prompt_tokens)
     language = decode_weight_bytes(plan, geometry)
@@ -149,7 +149,7 @@ def decode_weight_bytes(plan: BitPlan, geometry: ModelGeometry) -> int:
 
 
 def vision_weight_bytes(plan: BitPlan, geometry: ModelGeometry) -> int:
-    """Weight bytes one picture reads: tower and projector."""
+    """Weight bytes one image reads: tower and projector."""
     layers = sum(_read_bytes(x) for x in plan.layers if x.part in ("vision", "projector"))
     return layers + 2 * sum(count for name, count in plan.kept.items() if name.startswith(geometry.vision_prefixes))
 

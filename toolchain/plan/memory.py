@@ -33,11 +33,11 @@ OVERHEAD_BYTES_PER_WEIGHT = 0.131
 VISION_BYTES_PER_CHANNEL = 66
 BUILD_COPIES = 4
 SCORE_COPIES = 2  # scores and their softmax are alive together
-# The rewrite cuts the queries of a vision attention into tiles where the largest picture's scores, in float32, exceed
-# this. One layer of Qwen2-VL's tower has 604 MB of them on its largest picture in 768 tokens; a tenth stays below what
+# The rewrite cuts the queries of a vision attention into tiles where the largest image's scores, in float32, exceed
+# this. One layer of Qwen2-VL's tower has 604 MB of them on its largest image in 768 tokens; a tenth stays below what
 # an 8 GB board gives in one block without a kernel argument (256 MiB), and fills its GPU still.
 SCORES_BYTES = 64 << 20
-MOST_TILES = 64  # a tile is five nodes a layer; beyond this a smaller largest picture serves better
+MOST_TILES = 64  # a tile is five nodes a layer; beyond this a smaller largest image serves better
 PROMPT_TOKENS = 256
 
 WEIGHT_PARTS = {
@@ -50,9 +50,9 @@ WEIGHT_PARTS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model: tokens of context per sequence, one picture per sequence (width, height), sequences.
+    """What is asked of the model: tokens of context per sequence, one image per sequence (width, height), sequences.
 
-    Pictures above `max_pixels` are made smaller by the host. `prompt_tokens` is the longest text prompt, no answer.
+    Images above `max_pixels` are made smaller by the host. `prompt_tokens` is the longest text prompt, no answer.
     `fused_attention` holds where a kernel never stores scores whole; the graphs of today decompose attention.
     """
 
@@ -125,7 +125,7 @@ def plan_memory(plan: BitPlan, geometry: ModelGeometry, target: Target, workload
     """The memory plan of one model in one format on one board.
 
     Raises:
-        InputDataError: the picture's sides are impossible.
+        InputDataError: the image's sides are impossible.
     """
     image = image_work(geometry, *workload.image, workload.max_pixels) if workload.image else None
     tokens = image.tokens if image else 0
@@ -149,7 +149,7 @@ def plan_memory(plan: BitPlan, geometry: ModelGeometry, target: Target, workload
     block = max(_blocks(plan, geometry, parts, workload), key=lambda item: item[1])
     problems = _problems(sum(parts.values()), build_peak, block, target)
     if tokens >= workload.context_tokens:
-        problems += (f"the picture's {tokens} tokens leave no room in a context of {workload.context_tokens}",)
+        problems += (f"the image's {tokens} tokens leave no room in a context of {workload.context_tokens}",)
     return MemoryPlan(target.name, workload, image, parts, build_peak, block, target.memory_usable_bytes, problems)
 
 
@@ -177,7 +177,7 @@ def rotated_bytes(plan: BitPlan, parts: tuple[str, ...]) -> int:
 
 
 def _vision_activations(geometry: ModelGeometry, image: ImageWork | None, workload: Workload) -> int:
-    """One picture a call, so `batch` does not enter, but for the features it leaves behind (float16)."""
+    """One image a call, so `batch` does not enter, but for the features it leaves behind (float16)."""
     if image is None:
         return 0
     tower = image.sequences * VISION_BYTES_PER_CHANNEL * geometry.vision_embed * image.patches
@@ -189,7 +189,7 @@ def tile_scores(geometry: ModelGeometry, image: ImageWork) -> int:
     """Elements of the largest score tensor of the tower: all queries at once, or the most that a tile can have.
 
     A bound, not a count: with T tiles a tile has ceil(n / T) of n queries, which falls when T rises by one, so that a
-    larger picture could take a little less than a smaller one. T is the least with n / T queries below the limit, so
+    larger image could take a little less than a smaller one. T is the least with n / T queries below the limit, so
     that a tile exceeds the limit by less than one query's scores; and T ends at MOST_TILES.
     """
     query = image.sequences * geometry.vision_heads * image.patches  # scores of one query of every head and sequence

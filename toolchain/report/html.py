@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a run's figures: inline style, bars of plain elements, pictures as data URIs.
+"""One self-contained HTML page from a run's figures: inline style, bars of plain elements, images as data URIs.
 
 `data` holds any of these; a section without data is left out, nothing is made up:
 
@@ -56,7 +56,7 @@ def render_report(data: Mapping[str, Any]) -> str:
 
     Raises:
         UsageError: a key is not one of the sections.
-        InputDataError: a picture cannot be read or is of no kind a browser shows.
+        InputDataError: an image cannot be read or is of no kind a browser shows.
     """
     unknown = sorted(set(data) - {*SECTIONS, "title"})
     if unknown:
@@ -78,7 +78,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters.update(
-        size=size_text, share=share_text, percent=percent_text, number=number_text, ms=ms_text, picture=data_uri
+        size=size_text, share=share_text, percent=percent_text, number=number_text, ms=ms_text, image=data_uri
     )
     return made
 
@@ -169,15 +169,13 @@ def number_text(value: Any) -> str:
 
 
 def data_uri(image: Path | str | bytes) -> str:
-    """A picture file, or its bytes, as a data URI."""
+    """An image file, or its bytes, as a data URI."""
     try:
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
-        raise InputDataError(
-            f"report: picture {image!s} cannot be read ({error}); give the path the run used"
-        ) from None
+        raise InputDataError(f"report: image {image!s} cannot be read ({error}); give the path the run used") from None
     for signature, kind in _SIGNATURES.items():
         if content.startswith(signature):
             return f"data:{kind};base64,{base64.b64encode(content).decode()}"
     where = "given as bytes" if isinstance(image, bytes) else str(image)
-    raise InputDataError(f"report: picture {where} is not PNG, JPEG, WebP or GIF; convert it to PNG")
+    raise InputDataError(f"report: image {where} is not PNG, JPEG, WebP or GIF; convert it to PNG")

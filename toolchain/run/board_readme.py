@@ -32,27 +32,27 @@ def instructions(target: Mapping[str, Any], memory: Mapping[str, Any], settings:
         what=memory["largest_block"],
         context=context,
         half=max(64, context // 2),
-        pictures=_pictures(memory, settings["image"]),
-        smaller="x".join(str(max(56, side * 3 // 4)) for side in _picture_sides(memory, settings["image"])),
+        images=_images(memory, settings["image"]),
+        smaller="x".join(str(max(56, side * 3 // 4)) for side in _image_sides(memory, settings["image"])),
         cma=_cma_advice(target, memory["largest_block_bytes"]),
         argument=kernel_argument(target, memory["largest_block_bytes"]),
         wheel=wheel,
     )
 
 
-def _pictures(memory: Mapping[str, Any], image: Mapping[str, Any]) -> str:
-    """What becomes of pictures of any size, in a sentence."""
+def _images(memory: Mapping[str, Any], image: Mapping[str, Any]) -> str:
+    """What becomes of images of any size, in a sentence."""
     if memory["workload"].get("image") is None:
         return "It is planned for text alone."
     if "max_tiles" in image:
         tile = image["tile"]
-        return f"Pictures are cut into at most {image['max_tiles']} tiles of {tile}x{tile} pixels."
-    width, height = _picture_sides(memory, image)
-    return f"Pictures of more than about {width}x{height} pixels are made smaller."
+        return f"Images are cut into at most {image['max_tiles']} tiles of {tile}x{tile} pixels."
+    width, height = _image_sides(memory, image)
+    return f"Images of more than about {width}x{height} pixels are made smaller."
 
 
-def _picture_sides(memory: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height of the largest picture that reaches the model as it is: the plan's, or a square at its limit."""
+def _image_sides(memory: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height of the largest image that reaches the model as it is: the plan's, or a square at its limit."""
     planned = tuple(memory["workload"].get("image") or (448, 448))
     limit = image.get("max_pixels", planned[0] * planned[1])
     return planned if planned[0] * planned[1] <= limit else (math.isqrt(limit), math.isqrt(limit))
@@ -88,7 +88,7 @@ change nothing here. Do not add files to this folder.
 |---|---|
 | `device/` | the graphs for TensorRT with the plugin, and their weights |
 | `portable/` | the same graphs for onnxruntime and TensorRT for RTX, without plugin |
-| `processor/` | tokenizer, chat template, sizes of pictures and engines |
+| `processor/` | tokenizer, chat template, sizes of images and engines |
 | `plugins/`, `libraries/` | the plugin's sources; libraries of it, if any were built when the bundle was made |
 | `wheel/`, `requirements-board.txt` | mgvq itself and what it needs on the board |
 | `selftest.safetensors` | small cases with exact answers, which the plugin must reproduce |
@@ -101,8 +101,8 @@ One of (SM {sm}):
 {releases}
 
 Memory, by the plan in memory.json (estimated, not measured): {peak} while it runs, {build} while it builds, the largest
-single block {block} ({what}). Context: {context} tokens, pictures and answer included.
-{pictures}
+single block {block} ({what}). Context: {context} tokens, images and answer included.
+{images}
 
 {cma}
 
@@ -142,8 +142,8 @@ leaves nothing behind but the plugin it compiled.
 
 ## 4. Run
 
-    ~/mgvq/bin/mgvq run . --backend tensorrt --engines ~/engines --image PICTURE --prompt QUESTION --stream
-    ~/mgvq/bin/mgvq chat . --backend tensorrt --engines ~/engines --image PICTURE
+    ~/mgvq/bin/mgvq run . --backend tensorrt --engines ~/engines --image IMAGE --prompt QUESTION --stream
+    ~/mgvq/bin/mgvq chat . --backend tensorrt --engines ~/engines --image IMAGE
     ~/mgvq/bin/mgvq profile . --backend tensorrt --engines ~/engines -o ~/profile
 
 The last one writes ~/profile/profile.html: where the time goes, by phase and by module.
@@ -163,7 +163,7 @@ and what to do.
 build.json of a build with `--no-check` |
 | 5 | it does not fit memory | the next two sections |
 | 6 | JetPack, TensorRT, CUDA, the GPU, a compiler or a package is missing or another | what it names; `mgvq doctor` |
-| 7 | a file is missing, or is not what it was; a picture cannot be used | copy the folder again; give another picture |
+| 7 | a file is missing, or is not what it was; an image cannot be used | copy the folder again; give another image |
 | 130 | stopped by Ctrl-C | start it again |
 
 ## When memory is refused (exit code 5)
@@ -173,13 +173,13 @@ In this order, after each of them build again:
 1. Stop the desktop and other programs: `sudo systemctl isolate multi-user.target`; `free -m` shows what is available.
 2. If the builder itself ran low: `~/mgvq/bin/mgvq build . -o ~/engines --level 1`. It takes less memory and time, and
    the engines may be slower.
-3. Make the bundle again on the workstation for smaller pictures or a shorter context:
+3. Make the bundle again on the workstation for smaller images or a shorter context:
    `mgvq all … --target {name} --set plan.image={smaller} --set plan.context={half}`.
    `mgvq plan -m MODEL --target {name}` says beforehand what fits.
 4. `--ignore-memory` builds against the plan, which is an estimate. The build is still stopped before memory runs out.
 
 When `run` or `chat` refuse a question with exit code 5, it is longer than the context: a shorter question, fewer or
-smaller pictures, a lower `--max-new-tokens`, or `/reset` in chat.
+smaller images, a lower `--max-new-tokens`, or `/reset` in chat.
 
 ## A larger contiguous pool (when the largest block is refused)
 

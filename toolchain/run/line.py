@@ -319,7 +319,7 @@ def bundle_from_run(run: Path, out: Path, libraries: Mapping[Path, Mapping[str, 
 def write_processor(checked: CheckedRun, folder: Path) -> Path:
     """tokenizer.json, chat_template.jinja and host.json (with the engine profiles) in `folder`; the folder.
 
-    Pictures and context are limited to what the memory plan counted, as the rewritten graphs are.
+    Images and context are limited to what the memory plan counted, as the rewritten graphs are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, config = checked.settings.model, checked.checkpoint.config
@@ -332,7 +332,7 @@ def write_processor(checked: CheckedRun, folder: Path) -> Path:
 
 
 def _host_settings(checked: CheckedRun) -> dict[str, Any]:
-    """host.json's content, limited to the pictures and the context that the memory plan counted."""
+    """host.json's content, limited to the images and the context that the memory plan counted."""
     workload = checked.plan.memory.workload
     settings = checked.family.host_settings(checked.checkpoint.config, checked.settings.model)
     return limited_settings(settings, workload.max_pixels, workload.context_tokens)

@@ -48,7 +48,7 @@ class PlanSettings(Section):
     """What the memory plan is computed for."""
 
     context: int | None = Field(None, gt=0, description="tokens; the target's default when absent")
-    image: str | None = Field(None, pattern=r"^\d+x\d+$", description="largest picture, WIDTHxHEIGHT pixels")
+    image: str | None = Field(None, pattern=r"^\d+x\d+$", description="largest image, WIDTHxHEIGHT pixels")
 
 
 class RewriteSettings(Section):

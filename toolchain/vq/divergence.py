@@ -32,7 +32,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """One model's divergence beside another's, both over the same drawn pictures.
+    """One model's divergence beside another's, both over the same drawn images.
 
     `ratio` is theirs over the other's, None where the other's is zero; `difference` is theirs less the other's.
     """
@@ -64,7 +64,7 @@ def bootstrap(
 ) -> Interval:
     """The mean over all tokens, and the interval its percentiles span when whole clusters are drawn again.
 
-    Questions about one picture go wrong together, so pictures are drawn, not questions.
+    Questions about one image go wrong together, so images are drawn, not questions.
 
     Args:
         divergences: one [t_i] a sample.
@@ -86,7 +86,7 @@ def paired_bootstrap(
 ) -> Paired:
     """The ratio and the difference of two means over the same tokens, and the intervals of both.
 
-    Every draw takes the same clusters for both models, so that what makes a picture hard for both cancels. With the
+    Every draw takes the same clusters for both models, so that what makes an image hard for both cancels. With the
     same seed the clusters drawn are those of `bootstrap`.
 
     Args:

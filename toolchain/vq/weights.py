@@ -18,7 +18,7 @@ from toolchain.errors import NumericGateError, ShapeError, UnsupportedError, Usa
 from toolchain.values import PLAIN_CODE_NAMES, VQCode, format_text
 from toolchain.vq import format as vq_format
 
-# How what text and pictures lose is put together where bits are planned (`sensitivity.Sensitivity.totals`).
+# How what text and images lose is put together where bits are planned (`sensitivity.Sensitivity.totals`).
 AVERAGE, WORST = "average", "worst"
 
 

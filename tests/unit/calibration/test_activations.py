@@ -21,7 +21,7 @@ from toolchain.values import LayerSpec
 
 
 class Case:
-    """A tiny model, a twin whose weights are off by 10 %, its layers, three answered pictures and token weights."""
+    """A tiny model, a twin whose weights are off by 10 %, its layers, three answered images and token weights."""
 
     def __init__(self, folder, manifest) -> None:
         config = read_config(folder)
@@ -79,8 +79,8 @@ def test_every_group_is_there_with_mass_1_in_two_halves(case, drifted):
         close(even.cross + odd.cross, pairs.whole.cross)
 
 
-def test_questions_about_one_picture_are_in_one_half(case):
-    """Samples 0, 1, 0 again: two pictures, the second sample's alone in its half."""
+def test_questions_about_one_image_are_in_one_half(case):
+    """Samples 0, 1, 0 again: two images, the second sample's alone in its half."""
     spec = case.spec("layers.0.mlp.down_proj")
     inputs, token_weight = [case.inputs[i] for i in (0, 0, 1)], case.asked[spec.group]
     token_weights = {spec.group: [token_weight[0], token_weight[0], token_weight[1]]}
@@ -119,7 +119,7 @@ def test_a_copy_of_full_precision_has_no_drift(case):
 
 
 def test_what_comes_first_has_not_drifted(case, drifted):
-    """Pictures reach the tower's first layer as they are, whatever was quantized."""
+    """Images reach the tower's first layer as they are, whatever was quantized."""
     first = next(spec for spec in case.specs if spec.part == "vision")
     close(drifted[first.group].whole.cross, drifted[first.group].whole.moment, 1e-6)
 

@@ -58,7 +58,7 @@ def test_a_wrong_line_is_named(folder, line, message):
     assert caught.value.exit_code == 7
 
 
-def test_a_truncated_picture_is_refused(folder):
+def test_a_truncated_image_is_refused(folder):
     Image.effect_noise((64, 64), 80).save(folder / "c.png")
     whole = (folder / "c.png").read_bytes()
     (folder / "c.png").write_bytes(whole[: len(whole) // 2])

@@ -21,7 +21,7 @@ from toolchain.vq.curvature import balanced_token_weights, unit_mean
 from toolchain.vq.divergence import token_divergences
 
 SEED = 7
-# One of every kind: picture patches, a tower's linear, both ends of the decoder, and the head.
+# One of every kind: image patches, a tower's linear, both ends of the decoder, and the head.
 ENDINGS = (
     "patch_embed.proj",
     "patch_embeddings.projection",
@@ -34,7 +34,7 @@ ENDINGS = (
 
 
 class Case:
-    """A tiny model whose parameters need no gradient, its layers, and three answered pictures."""
+    """A tiny model whose parameters need no gradient, its layers, and three answered images."""
 
     def __init__(self, folder, manifest) -> None:
         config = read_config(folder)
@@ -174,7 +174,7 @@ def test_masses_of_every_group_sum_to_1(case, power):
 
 @pytest.mark.parametrize("ending", ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj"])
 def test_masses_follow_the_gradients_of_all_members(case, found, ending):
-    """s_t = ‖δ_t‖² / m over the outputs of all layers that read the input; pictures and text of all samples."""
+    """s_t = ‖δ_t‖² / m over the outputs of all layers that read the input; images and text of all samples."""
     spec = next(one for one in case.linears if one.name.endswith(ending) and one.part == "language")
     members = [one for one in case.linears if one.group == spec.group]
     stacked = [torch.cat([found.gradient_samples[one.name][b].outputs for one in members], dim=1) for b in range(3)]
@@ -304,7 +304,7 @@ def test_a_layer_that_no_loss_reaches_is_refused(case):
 
 @pytest.mark.parametrize("ending", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
 def test_probes_tell_modalities_and_columns_apart(case, ending):
-    """⟨G, E⟩ is the sum of what text and picture tokens give, and of what the columns give."""
+    """⟨G, E⟩ is the sum of what text and image tokens give, and of what the columns give."""
     spec = next(one for one in case.linears if one.name.endswith(ending) and one.part == "language")
     (gradient_sample, *_) = case.collect([spec], held_out=range(3)).gradient_samples[spec.name]
     assert torch.equal(gradient_sample.is_image, case.inputs[0].is_image)

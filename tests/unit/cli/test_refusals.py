@@ -88,9 +88,9 @@ def test_wrong_manifest_line(refused, tiny_qwen2_vl, tiny_manifest, tmp_path, li
     refused(7, words, *line_arguments(tiny_qwen2_vl, manifest, tmp_path / "o"))
 
 
-def test_pictures_that_calibrate_do_not_evaluate(refused, tiny_qwen2_vl, tiny_manifest, tmp_path):
+def test_images_that_calibrate_do_not_evaluate(refused, tiny_qwen2_vl, tiny_manifest, tmp_path):
     arguments = line_arguments(tiny_qwen2_vl, tiny_manifest, tmp_path / "o", "--data", tiny_manifest)
-    refused(7, "same bytes as calibration picture", *arguments)
+    refused(7, "same bytes as calibration image", *arguments)
 
 
 def test_output_that_is_in_use(refused, tiny_qwen2_vl, tiny_manifest, tmp_path):

@@ -68,6 +68,6 @@ def test_samples_without_answers_are_refused(host, tiny_manifest):
 def test_overlap_is_by_bytes_not_by_name(tiny_manifest, tmp_path):
     image = tiny_manifest.parent / "0.png"
     (tmp_path / "renamed.png").write_bytes(image.read_bytes())
-    with pytest.raises(InputDataError, match=r"renamed\.png has the same bytes as calibration picture"):
+    with pytest.raises(InputDataError, match=r"renamed\.png has the same bytes as calibration image"):
         refuse_overlap([Sample(image, "?")], [Sample(tmp_path / "renamed.png", "?")])
     refuse_overlap([Sample(image, "?")], [Sample(tiny_manifest.parent / "1.png", "?")])

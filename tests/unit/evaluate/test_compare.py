@@ -35,14 +35,14 @@ KEYS = {"method", "bits", "bytes", "kl", "kl_low", "kl_high", "accuracy", "secon
 
 @pytest.fixture(scope="module")
 def samples(tiny_manifest) -> tuple[list[Sample], list[Sample]]:
-    """(calibration, evaluation): three pictures each."""
+    """(calibration, evaluation): three images each."""
     found = read_manifest(tiny_manifest)
     return found[:3], found[3:]
 
 
 @pytest.fixture(scope="module")
 def manifests(tiny_manifest, tmp_path_factory) -> tuple[Path, Path]:
-    """Files of the same split, pictures named by their absolute paths."""
+    """Files of the same split, images named by their absolute paths."""
     folder = tmp_path_factory.mktemp("split")
     lines = [json.loads(line) for line in tiny_manifest.read_text(encoding="utf-8").splitlines()]
     for name, part in (("calib", lines[:3]), ("data", lines[3:])):
@@ -301,7 +301,7 @@ def test_what_cannot_be_compared_is_refused(tiny_qwen2_vl, samples):
     refuse(UsageError, r"seeds \[\]: expected", *both, seeds=[])
     refuse(UsageError, "bits 9: expected", *both, bits=[2.0, 9.0])
     shared = [*evaluation, calibration[1]]
-    refuse(InputDataError, "same bytes as calibration picture", tiny_qwen2_vl, calibration, shared)
+    refuse(InputDataError, "same bytes as calibration image", tiny_qwen2_vl, calibration, shared)
     refuse(InputDataError, "does not exist", tiny_qwen2_vl / "nowhere", calibration, evaluation)
 
 

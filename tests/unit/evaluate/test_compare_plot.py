@@ -1,4 +1,4 @@
-"""The picture of a comparison: every method is in it, lower is better, and no two names touch."""
+"""The image of a comparison: every method is in it, lower is better, and no two names touch."""
 
 from __future__ import annotations
 

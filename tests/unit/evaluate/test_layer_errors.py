@@ -109,12 +109,12 @@ def test_an_embedding_is_measured_by_the_rows_that_are_read(case, found):
 
 
 def test_an_error_at_one_modality_shows_at_that_modality_alone(case):
-    """E is put where the picture positions' inputs have nothing: only text pays."""
+    """E is put where the image positions' inputs have nothing: only text pays."""
     spec = case.spec("layers.1.self_attn.o_proj")
     x, is_image = inputs_of(case, spec)
     _, _, basis = torch.linalg.svd(x[is_image].double(), full_matrices=True)
     twin = copy.deepcopy(case.dense)
-    quiet = basis[-1].float()  # the direction in which pictures say the least
+    quiet = basis[-1].float()  # the direction in which images say the least
     with torch.no_grad():
         twin.get_parameter(f"{spec.name}.weight").add_(torch.outer(0.01 * torch.ones(spec.rows), quiet))
     [error] = layer_errors(case.dense, twin, case.inputs, [spec])

@@ -104,9 +104,9 @@ def test_everything_comes_from_the_folder(foreign, tiny_manifest):
     assert processor.host.pad_id == tokenizer.token_to_id("<nothing>")
     assert ids[:2] == [turn, see]
     assert ids[-1] == stop
-    pictures = ids.count(image)
-    assert pictures == int(processor.is_image(inputs["input_ids"]).sum())
-    assert MIN_PIXELS <= pictures * 28 * 28 <= MAX_PIXELS
+    images = ids.count(image)
+    assert images == int(processor.is_image(inputs["input_ids"]).sum())
+    assert MIN_PIXELS <= images * 28 * 28 <= MAX_PIXELS
     answer = tokenizer.encode(sample.answer, add_special_tokens=False).ids
     assert ids[ids.index(reply) + 1 : -1] == answer
     assert tokenizer.token_to_id("<unk>") not in ids

@@ -73,7 +73,7 @@ UNUSUAL = {
 
 
 class Loaded:
-    """A model in float64, its family's free permutations, and inputs with and without pictures."""
+    """A model in float64, its family's free permutations, and inputs with and without images."""
 
     def __init__(self, config, model, inputs):
         self.config, self.family = config, family_for(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolchain.models.wrappers import attention, causal_mask, picture_rank, written_out_attention
+from toolchain.models.wrappers import attention, causal_mask, image_rank, written_out_attention
 
 
 def random_attention(heads: int, kv_heads: int, new: int = 5, past: int = 7):
@@ -50,10 +50,10 @@ def test_an_empty_past_is_no_past():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 17), (5, 1)])
-def test_picture_tokens_are_counted_in_reading_order(shape):
+def test_image_tokens_are_counted_in_reading_order(shape):
     is_image = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
     expected = torch.cumsum(is_image.reshape(-1).to(torch.int64), 0).reshape(shape)
-    assert torch.equal(picture_rank(is_image), expected)
+    assert torch.equal(image_rank(is_image), expected)
 
 
 def test_the_implementation_is_put_back_after_a_failure():

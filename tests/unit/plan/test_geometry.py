@@ -1,4 +1,4 @@
-"""Geometry: what config.json says, and what pictures of several sizes cost."""
+"""Geometry: what config.json says, and what images of several sizes cost."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_nested_and_flat_configs_give_the_same():
 @pytest.mark.parametrize(
     ("width", "height", "tokens"), [(448, 448, 256), (640, 480, 391), (1280, 720, 1196), (1920, 1080, 2691)]
 )
-def test_tokens_of_published_picture_sizes(width, height, tokens):
+def test_tokens_of_published_image_sizes(width, height, tokens):
     work = image_work(qwen2_vl_2b(), width, height, max_pixels=10**8)
     assert (work.tokens, work.patches) == (tokens, 4 * tokens)
 
 
-def test_pictures_above_the_limit_are_made_smaller():
+def test_images_above_the_limit_are_made_smaller():
     work = image_work(qwen2_vl_2b(), 4032, 3024, max_pixels=602_112)
     assert work.tokens <= 768
     assert work.width * work.height <= 602_112
@@ -66,7 +66,7 @@ def test_internvl_counts_tiles_and_the_thumbnail():
 
 
 @pytest.mark.parametrize("size", [(0, 10), (-1, 5), (1000, 4)])
-def test_impossible_pictures_are_refused(size):
+def test_impossible_images_are_refused(size):
     with pytest.raises(InputDataError, match="expected sides of at least 1"):
         image_work(qwen2_vl_2b(), *size, max_pixels=10**6)
 

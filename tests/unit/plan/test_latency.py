@@ -114,7 +114,7 @@ def test_an_untied_embedding_kept_in_16_bits_is_not_read():
 
 
 def test_a_rotation_is_counted_by_phase_worked_by_hand():
-    """28 down_proj of 8,960 columns in blocks of 64, and 32 fc2 of 5,120 in a picture's 1,024 patches."""
+    """28 down_proj of 8,960 columns in blocks of 64, and 32 fc2 of 5,120 in an image's 1,024 patches."""
     geometry, work = qwen2_vl_2b(), Workload(2048, (448, 448), NANO.max_image_pixels)
     plain = plan_latency(bit_plan(geometry), geometry, NANO, work)
     turned = plan_latency(rotated(bit_plan(geometry), "down_proj"), geometry, NANO, work)

@@ -51,7 +51,7 @@ def scores(heads: int, patches: int, sequences: int = 1) -> int:
 def test_vision_scores_are_one_tiles_worked_by_hand():
     assert scores(16, 100) == 16 * 100 * 100, "2.4 MiB in float32 stay whole"
     assert scores(16, 1024) == 16 * 1024 * 1024, "exactly the limit of 64 MiB"
-    # Qwen2-VL's largest picture in 768 tokens: 3072 patches, 604 MB; a tile has 64 MiB and at most one query more.
+    # Qwen2-VL's largest image in 768 tokens: 3072 patches, 604 MB; a tile has 64 MiB and at most one query more.
     assert scores(16, 3072) == (64 << 18) + 16 * 3072
     assert scores(16, 3072) < 16 * 3072 * 3072 / 8
     # 16,384 patches would take 256 tiles; there are 64 at most, of 256 queries.
@@ -111,7 +111,7 @@ def test_published_vlm_rows_on_orin_nx(size, published_mib, record_property):
     batch=st.integers(1, 4),
     fused=st.booleans(),
 )
-def test_longer_context_larger_picture_or_batch_never_takes_less(context, more, side, batch, fused):
+def test_longer_context_larger_image_or_batch_never_takes_less(context, more, side, batch, fused):
     base = Workload(context, (side, side), 10**8, batch, fused_attention=fused)
     plan = PLANS["4,8,8"]
     smallest = plan_memory(plan, GEOMETRY, NANO, base)
@@ -172,7 +172,7 @@ def test_a_block_above_the_default_pool_asks_for_the_kernel_argument():
     assert any("cma=950M" in text for text in texts)
 
 
-def test_a_picture_longer_than_the_context_is_a_problem_with_a_remedy():
+def test_a_image_longer_than_the_context_is_a_problem_with_a_remedy():
     work = Workload(256, (448, 448), 10**8)
     memory = plan_memory(PLANS["4,8,8"], GEOMETRY, NANO, work)
     assert "256 tokens leave no room in a context of 256" in memory.problems[-1]

@@ -131,7 +131,7 @@ def test_groups_are_cut_where_it_pays(tiny_with_loud_columns, tiny_manifest, tmp
 
 
 def test_rounds_leave_layers_that_no_loss_reaches_as_they_are(made, tiny_qwen2_vl, tiny_manifest):
-    """Of random weights a picture says next to nothing: what a round does to the tower is noise, and stays small."""
+    """Of random weights an image says next to nothing: what a round does to the tower is noise, and stays small."""
     result = made("mgvq-overlap+rounds")
     assert json.loads((result.folder / "refinement.json").read_text())["rounds"][0]["changed"] > 0
     assert all(one["error_both"] < 0.1 for one in errors_of(result, tiny_qwen2_vl, tiny_manifest))

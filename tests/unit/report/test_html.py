@@ -21,7 +21,7 @@ from toolchain.report.html import SECTIONS, bars, ms_text, number_text, size_tex
 
 @pytest.fixture
 def data(tmp_path):
-    """Every section, with real plans and a real picture."""
+    """Every section, with real plans and a real image."""
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "q.png")
     geometry, target = qwen2_vl_2b(), load_target("orin-nano-8gb")
     plan, work = bit_plan(geometry), Workload(2048, (448, 448), target.max_image_pixels)
@@ -160,7 +160,7 @@ def test_validation_is_summed_up_by_what_was_compared(data):
     assert "All 13 comparisons" in page
 
 
-def test_unknown_sections_and_bad_pictures_are_refused(data, tmp_path):
+def test_unknown_sections_and_bad_images_are_refused(data, tmp_path):
     with pytest.raises(UsageError, match=r"sections \['colour'\] are not known"):
         render_report({"colour": 1})
     (tmp_path / "x.png").write_bytes(b"not a picture")

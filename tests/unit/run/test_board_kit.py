@@ -183,7 +183,7 @@ def test_the_instructions_explain_every_exit_code_and_every_folder(kit):
 def test_what_to_turn_down_is_smaller_than_what_was_planned():
     memory = MEMORY | {"workload": {"context_tokens": 2048, "image": [800, 600]}}
     text = board_kit.instructions(NANO, memory, SETTINGS, "w.whl")
-    assert "Pictures of more than about 800x600 pixels are made smaller" in text
+    assert "Images of more than about 800x600 pixels are made smaller" in text
     assert "--set plan.image=600x450 --set plan.context=1024" in text
     assert "--target orin-nano-8gb" in text
 
@@ -193,10 +193,10 @@ def test_the_models_own_limits_count_where_they_are_tighter_than_the_plans():
     settings = {"decoder": {"max_context": 1024}, "image": {"max_pixels": 28224}}
     text = board_kit.instructions(NANO, memory, settings, "w.whl")
     assert "Context: 1024 tokens" in text
-    assert "Pictures of more than about 168x168 pixels are made smaller" in text
+    assert "Images of more than about 168x168 pixels are made smaller" in text
     assert "--set plan.image=126x126 --set plan.context=512" in text
     tiles = board_kit.instructions(NANO, memory, settings | {"image": {"tile": 448, "max_tiles": 6}}, "w.whl")
-    assert "Pictures are cut into at most 6 tiles of 448x448 pixels" in tiles
+    assert "Images are cut into at most 6 tiles of 448x448 pixels" in tiles
 
 
 def test_built_libraries_are_carried_by_hash_with_what_they_suit(tmp_path):

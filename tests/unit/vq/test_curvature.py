@@ -75,7 +75,7 @@ def test_a_modality_that_is_missing_leaves_its_mass_to_the_other(image):
 
 
 def test_a_modality_that_no_loss_reaches_has_no_mass():
-    """The last block's picture positions: only what text asks for is left."""
+    """The last block's image positions: only what text asks for is left."""
     token_weights = balanced_token_weights(torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.tensor([True, True, False, False]))
     torch.testing.assert_close(token_weights, torch.tensor([0.0, 0.0, 0.25, 0.75]))
 

@@ -62,8 +62,8 @@ def test_one_cluster_shows_no_spread():
     assert found == Interval(2.0, 2.0, 2.0)
 
 
-def test_questions_of_one_picture_are_drawn_together():
-    """Copies of a question on its picture say nothing new; as pictures of their own they would."""
+def test_questions_of_one_image_are_drawn_together():
+    """Copies of a question on its image say nothing new; as images of their own they would."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.rand(3, generator=generator) for _ in range(10)]
     once = bootstrap(values, range(10), seed=1)
@@ -94,10 +94,10 @@ def test_text_and_json():
     assert interval.to_json() == {"kl": 0.12345, "kl_low": 0.1, "kl_high": 0.2}
 
 
-def noisy(seed, pictures=30):
-    """Divergences of two models on pictures easy and hard, the second 1.5 times the first but for noise."""
+def noisy(seed, images=30):
+    """Divergences of two models on images easy and hard, the second 1.5 times the first but for noise."""
     generator = torch.Generator().manual_seed(seed)
-    hard = torch.exp(2 * torch.randn(pictures, generator=generator))
+    hard = torch.exp(2 * torch.randn(images, generator=generator))
     first = [h * (1 + 0.1 * torch.rand(4, generator=generator)) for h in hard]
     return first, [1.5 * h * (1 + 0.1 * torch.rand(4, generator=generator)) for h in hard]
 
@@ -119,7 +119,7 @@ def test_a_constant_factor_leaves_no_doubt_about_the_ratio():
     assert found.difference.low < found.difference.high
 
 
-def test_pairing_takes_the_pictures_out():
+def test_pairing_takes_the_images_out():
     """The two intervals overlap widely, the paired one is sure which is better."""
     first, second = noisy(0)
     mine, theirs = (bootstrap(x, range(30), seed=0) for x in (second, first))
@@ -131,7 +131,7 @@ def test_pairing_takes_the_pictures_out():
     assert found.difference.mean == pytest.approx(mine.mean - theirs.mean)
 
 
-def test_the_same_pictures_are_drawn_as_for_one_model():
+def test_the_same_images_are_drawn_as_for_one_model():
     """A difference from a model that is exact has the interval of the model alone."""
     first, _ = noisy(1)
     exact = [torch.zeros(4)] * 30

@@ -1,4 +1,4 @@
-"""The host half of each VLM family: pictures and prompts to the inputs of the three graphs, with no torch.
+"""The host half of each VLM family: images and prompts to the inputs of the three graphs, with no torch.
 
 One class per family, in a file of its name. The workstation and the board run the same code, so that what was
 calibrated, validated and shipped saw the same pixels and ids. Everything a host needs to know stands in `host.json`.

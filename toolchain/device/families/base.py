@@ -22,19 +22,19 @@ Feeds = dict[str, NDArray]
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation: who speaks ("system", "user" or "assistant"), the pictures, then the text."""
+    """One message of a conversation: who speaks ("system", "user" or "assistant"), the images, then the text."""
 
     role: str
     text: str
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One prompt with its pictures, ready for the graphs.
+    """One prompt with its images, ready for the graphs.
 
-    `vision_feeds` holds one set of inputs per picture, a call of the vision graph each. `input_ids` int64[S] has every
-    picture's placeholder repeated once per image feature; `picture_places` says where: [start, end) per picture.
+    `vision_feeds` holds one set of inputs per image, a call of the vision graph each. `input_ids` int64[S] has every
+    image's placeholder repeated once per image feature; `image_places` says where: [start, end) per image.
     `positions` int64[axes, S]; the token after the prompt stands at `next_position` on every axis.
     """
 
@@ -42,7 +42,7 @@ class Prepared:
     input_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     next_position: int
-    picture_places: tuple[tuple[int, int], ...] = ()
+    image_places: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -60,7 +60,7 @@ class PromptBatch:
 
 
 class Host(ABC):
-    """Pictures and prompts in, graph inputs out. `settings` is the content of host.json."""
+    """Images and prompts in, graph inputs out. `settings` is the content of host.json."""
 
     axes: int  # position axes of the decoder: 3 for mRoPE, 1 otherwise
 
@@ -75,41 +75,41 @@ class Host(ABC):
         self._template = environment.from_string(chat_template)
 
     @abstractmethod
-    def picture_feeds(self, picture: Image.Image) -> Feeds:
-        """Inputs of one call of the vision graph for one picture."""
+    def image_feeds(self, image: Image.Image) -> Feeds:
+        """Inputs of one call of the vision graph for one image."""
 
     @abstractmethod
-    def picture_tokens(self, feeds: Feeds) -> int:
+    def image_tokens(self, feeds: Feeds) -> int:
         """How many features the vision graph gives for them, each a token of the context."""
 
     @abstractmethod
-    def picture_text(self, tokens: int) -> str:
-        """What stands in the text for a picture of so many tokens, where the template writes one placeholder."""
+    def image_text(self, tokens: int) -> str:
+        """What stands in the text for an image of so many tokens, where the template writes one placeholder."""
 
     @abstractmethod
     def positions(
         self, ids: NDArray[np.int64], places: Sequence[tuple[int, int]], feeds: Sequence[Feeds]
     ) -> NDArray[np.int64]:
-        """int64[axes, S]: where every token stands, given the places of the pictures and their feeds."""
+        """int64[axes, S]: where every token stands, given the places of the images and their feeds."""
 
     def prepare(self, image: Image.Image | None, prompt: str) -> Prepared:
-        """Graph inputs of one prompt about at most one picture."""
+        """Graph inputs of one prompt about at most one image."""
         return self.prepare_turns([Turn("user", prompt, () if image is None else (image,))])
 
     def prepare_turns(self, turns: Sequence[Turn], feeds: Sequence[Feeds] | None = None) -> Prepared:
         """Graph inputs of a conversation, up to where the next answer starts.
 
         Args:
-            feeds: `picture_feeds` of all pictures in order, where they are known already.
+            feeds: `image_feeds` of all images in order, where they are known already.
 
         Raises:
-            InputDataError: the template refuses the turns, or writes another number of placeholders than pictures.
+            InputDataError: the template refuses the turns, or writes another number of placeholders than images.
         """
-        pictures = [picture for turn in turns for picture in turn.pictures]
-        feeds = [self.picture_feeds(picture) for picture in pictures] if feeds is None else feeds
-        counts = [self.picture_tokens(each) for each in feeds]
+        images = [image for turn in turns for image in turn.images]
+        feeds = [self.image_feeds(image) for image in images] if feeds is None else feeds
+        counts = [self.image_tokens(each) for each in feeds]
         pieces = self.turns_text(turns).split(self.image_token)
-        text = pieces[0] + "".join(self.picture_text(n) + piece for n, piece in zip(counts, pieces[1:]))
+        text = pieces[0] + "".join(self.image_text(n) + piece for n, piece in zip(counts, pieces[1:]))
         ids = self.encode(text)
         places = self._places(ids, counts)
         positions = self.positions(ids, places, feeds)
@@ -117,7 +117,7 @@ class Host(ABC):
 
     @property
     def image_token(self) -> str:
-        """The placeholder that the chat template writes where a picture stands."""
+        """The placeholder that the chat template writes where an image stands."""
         return self.settings["tokens"]["image"]
 
     @property
@@ -134,7 +134,7 @@ class Host(ABC):
         return self.settings["tokens"]["pad_id"]
 
     def turns_text(self, turns: Sequence[Turn]) -> str:
-        """The chat template's text for a conversation, one placeholder a picture, up to where the answer starts."""
+        """The chat template's text for a conversation, one placeholder an image, up to where the answer starts."""
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
         try:
             text = self._template.render(messages=messages, add_generation_prompt=True)
@@ -142,10 +142,10 @@ class Host(ABC):
             raise InputDataError(
                 f"the chat template refuses this conversation ({error}); check chat_template.jinja and the turns"
             ) from None
-        found, expected = text.count(self.image_token), sum(len(turn.pictures) for turn in turns)
+        found, expected = text.count(self.image_token), sum(len(turn.images) for turn in turns)
         if found != expected:
             raise InputDataError(
-                f"the chat template wrote {found} times {self.image_token!r} for {expected} pictures, expected once "
+                f"the chat template wrote {found} times {self.image_token!r} for {expected} images, expected once "
                 "each; check chat_template.jinja and the prompt"
             )
         return text
@@ -170,7 +170,7 @@ class Host(ABC):
         return PromptBatch(tuple(prompts), ids, mask, positions)
 
     def _places(self, ids: NDArray[np.int64], counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """[start, end) of every picture's tokens in `ids`."""
+        """[start, end) of every image's tokens in `ids`."""
         found, places, first = np.flatnonzero(ids == self.image_token_id), [], 0
         for count in counts:
             run = found[first : first + count]
@@ -180,7 +180,7 @@ class Host(ABC):
             first += count
         if len(places) < len(counts) or first != len(found):
             raise InputDataError(
-                f"expected {sum(counts)} tokens {self.image_token!r} for {len(counts)} pictures, the tokenizer made "
+                f"expected {sum(counts)} tokens {self.image_token!r} for {len(counts)} images, the tokenizer made "
                 f"{len(found)}; check tokenizer.json and the prompt"
             )
         return tuple(places)
@@ -188,7 +188,7 @@ class Host(ABC):
 
 def _content(turn: Turn) -> list[dict[str, str]]:
     """A turn's parts as templates of VLMs expect them; an answer is text as well."""
-    return [{"type": "image"}] * len(turn.pictures) + [{"type": "text", "text": turn.text}]
+    return [{"type": "image"}] * len(turn.images) + [{"type": "text", "text": turn.text}]
 
 
 def _refuse_conversation(message: str) -> NoReturn:
@@ -196,10 +196,10 @@ def _refuse_conversation(message: str) -> NoReturn:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in a file, decoded, turned as its EXIF says, as RGB: what transformers' load_image gives.
+    """The image in a file, decoded, turned as its EXIF says, as RGB: what transformers' load_image gives.
 
     Raises:
-        InputDataError: the file is missing, or is no picture that Pillow can decode whole.
+        InputDataError: the file is missing, or is no image that Pillow can decode whole.
     """
     try:
         with Image.open(path) as image:

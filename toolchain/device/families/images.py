@@ -1,4 +1,4 @@
-"""Pictures to vision-tower patches, with NumPy and Pillow alone, equal to the checkpoint's own image processor.
+"""Images to vision-tower patches, with NumPy and Pillow alone, equal to the checkpoint's own image processor.
 
 Qwen2-VL's rule: resize (bicubic) to the nearest multiples of patch * merge that keep the pixel count in range,
 normalise, repeat the frame along time, and cut into patches ordered so that each merge block is contiguous.
@@ -13,7 +13,7 @@ from toolchain.plan.images import ImagePlan, resized_shape
 
 
 def patches_from_image(image: Image.Image, plan: ImagePlan) -> tuple[np.ndarray, tuple[int, int]]:
-    """(patches float32[N, 3 * frames * patch²], (rows, columns) of the patch grid) of one picture."""
+    """(patches float32[N, 3 * frames * patch²], (rows, columns) of the patch grid) of one image."""
     image = image.convert("RGB")
     height, width = resized_shape(image.height, image.width, plan)
     if image.size != (width, height):

@@ -1,4 +1,4 @@
-"""InternVL's host half: pictures cut into square tiles of one size plus a thumbnail, plain positions."""
+"""InternVL's host half: images cut into square tiles of one size plus a thumbnail, plain positions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from toolchain.plan.images import tile_grid
 class InternVLHost(Host):
     axes = 1
 
-    def picture_feeds(self, picture: Image.Image) -> Feeds:
-        return {"pixel_values": self.tiles(picture)}
+    def image_feeds(self, image: Image.Image) -> Feeds:
+        return {"pixel_values": self.tiles(image)}
 
-    def picture_tokens(self, feeds: Feeds) -> int:
+    def image_tokens(self, feeds: Feeds) -> int:
         return self.settings["image"]["tokens_per_tile"] * feeds["pixel_values"].shape[0]
 
-    def picture_text(self, tokens: int) -> str:
+    def image_text(self, tokens: int) -> str:
         start, end = self.settings["tokens"]["image_start"], self.settings["tokens"]["image_end"]
         return start + self.image_token * tokens + end
 
@@ -31,7 +31,7 @@ class InternVLHost(Host):
         return np.arange(len(ids), dtype=np.int64)[None]
 
     def tiles(self, image: Image.Image) -> NDArray[np.float32]:
-        """float32[T, 3, side, side]: tiles in reading order, then the whole picture as a thumbnail when T > 1."""
+        """float32[T, 3, side, side]: tiles in reading order, then the whole image as a thumbnail when T > 1."""
         settings = self.settings["image"]
         side = settings["tile"]
         columns, rows = tile_grid(image.width, image.height, side, settings["min_tiles"], settings["max_tiles"])

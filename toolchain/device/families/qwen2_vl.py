@@ -21,22 +21,22 @@ class Qwen2VLHost(Host):
         super().__init__(settings, tokenizer_json, chat_template)
         self.plan = ImagePlan(**settings["image"])
 
-    def picture_feeds(self, picture: Image.Image) -> Feeds:
-        patches, grid = patches_from_image(picture, self.plan)
+    def image_feeds(self, image: Image.Image) -> Feeds:
+        patches, grid = patches_from_image(image, self.plan)
         return {"pixel_values": patches, "position_ids": grid_position_ids(*grid, self.plan)}
 
-    def picture_tokens(self, feeds: Feeds) -> int:
+    def image_tokens(self, feeds: Feeds) -> int:
         return feeds["pixel_values"].shape[0] // self.plan.merge**2
 
-    def picture_text(self, tokens: int) -> str:
+    def image_text(self, tokens: int) -> str:
         return self.image_token * tokens
 
     def positions(
         self, ids: NDArray[np.int64], places: Sequence[tuple[int, int]], feeds: Sequence[Feeds]
     ) -> NDArray[np.int64]:
-        """Text counts up on all axes; picture tokens share time, and carry row and column.
+        """Text counts up on all axes; image tokens share time, and carry row and column.
 
-        What follows a picture goes on from the larger side of its token grid (Qwen2-VL, arXiv 2409.12191, 2.1).
+        What follows an image goes on from the larger side of its token grid (Qwen2-VL, arXiv 2409.12191, 2.1).
         """
         positions = np.empty((3, len(ids)), dtype=np.int64)
         done = following = 0

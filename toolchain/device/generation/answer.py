@@ -63,7 +63,7 @@ class CachePlan:
         if not fitting:
             raise UsageError(
                 f"{filled} tokens of context exceed the longest the engines are built for, {self.buckets[-1]}; shorten "
-                "the prompt, use a smaller picture, or ask for fewer tokens"
+                "the prompt, use a smaller image, or ask for fewer tokens"
             )
         return fitting[0]
 
@@ -113,8 +113,8 @@ class Decoding:
         limit = host.settings["decoder"]["max_context"]
         if length + max_new_tokens > limit:
             raise UsageError(
-                f"prompt of {length} tokens (pictures included) and {max_new_tokens} new ones exceed the context of "
-                f"{limit}; shorten the prompt, use a smaller picture, or ask for fewer tokens"
+                f"prompt of {length} tokens (images included) and {max_new_tokens} new ones exceed the context of "
+                f"{limit}; shorten the prompt, use a smaller image, or ask for fewer tokens"
             )
         total = length + max_new_tokens
         self.cache = KeyValueCache(shape, len(prompts), max(total, self.plan.past_length(total - 1)))

@@ -124,7 +124,7 @@ class EngineRunner:
     def truncate(self, length: int) -> None:
         self._length = min(self._length, length)
 
-    def picture_features(self, feeds: Feeds) -> NDArray[np.float32]:
+    def image_features(self, feeds: Feeds) -> NDArray[np.float32]:
         context, engine = self.contexts["vision"], self._engines["vision"]
         for name, array in feeds.items():
             self._send(context, name, array)

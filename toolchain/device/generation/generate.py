@@ -33,13 +33,13 @@ class Runner(Protocol):
     def length(self) -> int:
         """Tokens it holds."""
 
-    def picture_features(self, feeds: Feeds) -> NDArray[np.float32]:
-        """Features float32[tokens, hidden] of one picture."""
+    def image_features(self, feeds: Feeds) -> NDArray[np.float32]:
+        """Features float32[tokens, hidden] of one image."""
 
     def extend(self, ids: NDArray[np.int64], features: NDArray[np.float32], positions: NDArray[np.int64]) -> Logits:
         """Logits float32[vocabulary] of the token after `ids` int64[S], which go to the sequence's end.
 
-        `features` float32[F, hidden] take the places of the F picture tokens in `ids`; `positions` int64[axes, S].
+        `features` float32[F, hidden] take the places of the F image tokens in `ids`; `positions` int64[axes, S].
 
         Raises:
             BudgetError: the sequence would be longer than `capacity`.
@@ -69,13 +69,13 @@ class GraphRunner:
     def length(self) -> int:
         return self._cache.length
 
-    def picture_features(self, feeds: Feeds) -> NDArray[np.float32]:
+    def image_features(self, feeds: Feeds) -> NDArray[np.float32]:
         return self.graphs["vision"](feeds)["image_features"]
 
     def extend(self, ids: NDArray[np.int64], features: NDArray[np.float32], positions: NDArray[np.int64]) -> Logits:
         check_room(self, len(ids))
-        pictures = features.reshape(-1, self.hidden)
-        embeds = self.graphs["embed"]({"input_ids": ids[None], "image_features": pictures})["inputs_embeds"]
+        images = features.reshape(-1, self.hidden)
+        embeds = self.graphs["embed"]({"input_ids": ids[None], "image_features": images})["inputs_embeds"]
         chunk, logits = self.plan.chunk or len(ids), np.zeros(0, dtype=np.float32)
         for start in range(0, len(ids), chunk):
             part = slice(start, start + chunk)

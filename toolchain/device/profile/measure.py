@@ -3,7 +3,7 @@
 A backend is opened twice. First without layer times: that gives the figures. Then with them, for fewer repeats: that
 says where the time went, and how much slower the recording made it (profilers change what they measure).
 
-    prepare   picture and prompt to graph inputs        vision    one call a picture
+    prepare   image and prompt to graph inputs        vision    one call an image
     embed     ids and features merged                   prefill   the prompt through the decoder
     decode    one more token: embedding, decoder, choosing it; per token
 
@@ -95,14 +95,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, again and again. `picture_size` is (width, height) of the picture given, None without one."""
+    """What is asked, again and again. `image_size` is (width, height) of the image given, None without one."""
 
     prompt: str
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
 
     @property
-    def picture_size(self) -> tuple[int, int] | None:
-        return None if self.picture is None else self.picture.size
+    def image_size(self) -> tuple[int, int] | None:
+        return None if self.image is None else self.image.size
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Measured:
     tallies: dict[str, Tally]
     slowdown: dict[str, float]
     prompt_tokens: int
-    picture_tokens: int
+    image_tokens: int
     answer: tuple[int, ...]
     settings: Settings
 
@@ -182,7 +182,7 @@ def measure(
     Raises:
         What the backend raises; BudgetError where prompt and tokens exceed its room.
     """
-    prepared = host.prepare(question.picture, question.prompt)
+    prepared = host.prepare(question.image, question.prompt)
     capacity = prepared.length + settings.tokens
     plain = backend.open(capacity, layers=False)
     runs, answer = _repeat(plain, host, question, settings, partial(progress.step, what="timing"), split=True)
@@ -204,7 +204,7 @@ def measure(
         tallies,
         {phase: found.total_ms / _mean_until(fewer.tokens - 1, by_phase[phase]) for phase, found in tallies.items()},
         prepared.length,
-        sum(end - start for start, end in prepared.picture_places),
+        sum(end - start for start, end in prepared.image_places),
         tuple(answer),
         settings,
     )
@@ -248,13 +248,13 @@ def _answer(
 ) -> tuple[list[PhaseRun], list[int]]:
     """One whole answer of `tokens` tokens, phase by phase; `split` keeps the embedding apart from prefill."""
     began = time.perf_counter()
-    prepared = host.prepare(question.picture, question.prompt)
+    prepared = host.prepare(question.image, question.prompt)
     runs = [PhaseRun("prepare", _ms_since(began))]
     runner = recording.runner
     runner.truncate(0)
     features = []
     for feeds in prepared.vision_feeds:
-        run, made = _timed(recording, "vision", partial(runner.picture_features, feeds))
+        run, made = _timed(recording, "vision", partial(runner.image_features, feeds))
         runs.append(run)
         features.append(made)
     prefill, logits = _timed(recording, "prefill", lambda: runner.extend(*_prompt(host, prepared, features)))

@@ -1,7 +1,7 @@
 """What the latency model says of the question that was measured, from what a bundle carries.
 
 A bundle has no config.json; sizes are read back from its bit plan (every layer's rows, columns and part) and from
-host.json (the decoder's keys and values, the picture's patches).
+host.json (the decoder's keys and values, the image's patches).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ def predict(
     target: Target,
     *,
     prompt_tokens: int,
-    picture_tokens: int,
-    picture_size: tuple[int, int] | None,
+    image_tokens: int,
+    image_size: tuple[int, int] | None,
     max_pixels: int | None,
     decoded: int,
 ) -> LatencyPlan:
     """Vision, prefill and decode of one question on `target`; decode at the mean context of the `decoded` tokens.
 
     Args:
-        prompt_tokens: all of the prompt's, pictures included; `picture_tokens` of them are a picture's.
-        max_pixels: what the host makes larger pictures smaller to; None where it has no such limit.
+        prompt_tokens: all of the prompt's, images included; `image_tokens` of them are an image's.
+        max_pixels: what the host makes larger images smaller to; None where it has no such limit.
     """
     context = prompt_tokens + decoded // 2
     workload = Workload(
         context_tokens=max(context, 1),
-        image=picture_size,
+        image=image_size,
         max_pixels=max_pixels or target.max_image_pixels,
-        prompt_tokens=prompt_tokens - picture_tokens,
+        prompt_tokens=prompt_tokens - image_tokens,
     )
     return plan_latency(plan, geometry, target, workload)
 
@@ -77,7 +77,7 @@ def geometry_from_plan(plan: BitPlan, host_settings: Mapping[str, Any]) -> Model
         tied_head=all(x.tied_to for x in plan.layers if x.part == "head"),
         **tower,
         vision_heads=1,
-        **_picture_units(image),
+        **_image_units(image),
         vision_prefixes=_prefixes(plan),
         embedding_name=embedding.name,
     )
@@ -105,7 +105,7 @@ def _query_width(language: list[LayerPlan], keys: int, hidden: int) -> int:
     return hidden
 
 
-def _picture_units(image: Mapping[str, Any]) -> dict[str, int]:
+def _image_units(image: Mapping[str, Any]) -> dict[str, int]:
     """Patches of any resolution, or square tiles whose tokens are counted in host.json: one patch a token is enough."""
     if "tile" not in image:
         return {"patch": image["patch"], "merge": image["merge"]}

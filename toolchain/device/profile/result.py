@@ -3,7 +3,7 @@
 {"format": "mgvq-profile", "format_version": 1, "tool_version", "measured": true,
  "source": what was profiled, "bundle": its manifest's SHA-256 or null, "backend": name,
  "runtime": {name: version or setting}, "machine": {"name", "l4t", "jetpack", "cuda", "gpu": {"name", "sm"} or null},
- "question": {"prompt", "picture": [width, height] or null, "prompt_tokens", "picture_tokens"},
+ "question": {"prompt", "image": [width, height] or null, "prompt_tokens", "image_tokens"},
  "settings": {"repeats", "warmup", "tokens"},
  "phases": [{"phase", "median", "mad", "p10", "p90", "least", "count", "graph_ms",    milliseconds; decode one token
              "predicted_ms", "predicted_low_ms", "predicted_high_ms", "ratio"}],      measured / predicted, or null
@@ -35,8 +35,8 @@ FORMAT_VERSION = 1
 UNSTEADY = 0.05  # median absolute deviation over median from which a figure is called unsteady
 COSTLY = 1.25  # slowdown from which the layer rows are called distorted
 _PHASE_TITLES = {
-    "prepare": "picture and prompt to inputs",
-    "vision": "picture through the tower",
+    "prepare": "image and prompt to inputs",
+    "vision": "image through the tower",
     "embed": "ids and features merged",
     "prefill": "prompt through the decoder",
     "decode": "one more token",
@@ -95,9 +95,9 @@ def profile_json(
         "runtime": dict(runtime),
         "question": {
             "prompt": question.prompt,
-            "picture": list(question.picture_size) if question.picture_size else None,
+            "image": list(question.image_size) if question.image_size else None,
             "prompt_tokens": measured.prompt_tokens,
-            "picture_tokens": measured.picture_tokens,
+            "image_tokens": measured.image_tokens,
         },
         "settings": dataclasses.asdict(measured.settings),
         "phases": [_phase(name, measured, prediction) for name in PHASES if name in measured.phases],
@@ -212,11 +212,11 @@ def profile_text(data: Mapping[str, Any]) -> str:
 
 def _head(data: Mapping[str, Any]) -> str:
     question = data["question"]
-    picture = "{}x{} picture".format(*question["picture"]) if question["picture"] else "no picture"
+    image = "{}x{} image".format(*question["image"]) if question["image"] else "no image"
     versions = ", ".join(f"{key} {value}" for key, value in data["runtime"].items())
     return (
         f"{data['source']} on {data['machine']['name']} with {data['backend']} ({versions}):\n"
-        f"{question['prompt_tokens']} prompt tokens, {picture}, "
+        f"{question['prompt_tokens']} prompt tokens, {image}, "
         f"{data['settings']['tokens']} new tokens, {data['settings']['repeats']} repeats"
     )
 

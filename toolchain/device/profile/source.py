@@ -19,11 +19,11 @@ from toolchain.device.runtime.board import machine_name, read_board
 from toolchain.plan.target import Target
 from toolchain.values import BitPlan
 
-FALLBACK_SIDE = 448  # pixels of a side where neither a plan nor the host limits a picture
+FALLBACK_SIDE = 448  # pixels of a side where neither a plan nor the host limits an image
 
 
-def noise_picture(host_settings: Mapping[str, Any], bundle: Bundle | None) -> Image.Image:
-    """A picture of noise: square, as large as the bundle's memory plan and the host allow. The same every time."""
+def noise_image(host_settings: Mapping[str, Any], bundle: Bundle | None) -> Image.Image:
+    """An image of noise: square, as large as the bundle's memory plan and the host allow. The same every time."""
     side = FALLBACK_SIDE
     limit = host_settings["image"].get("max_pixels")
     if bundle is not None and "memory.json" in bundle.files:
@@ -50,14 +50,14 @@ def check_question(bundle: Bundle, host: Host, question: Question, tokens: int) 
     """Refuse a question that the bundle is not planned for, before it takes the machine's memory.
 
     Raises:
-        InputDataError: the picture is too large.
+        InputDataError: the image is too large.
         BudgetError: prompt and `tokens` new tokens exceed the context.
     """
-    limits, prepared = limits_from_bundle(bundle, host.settings), host.prepare(question.picture, question.prompt)
-    of_pictures = sum(end - start for start, end in prepared.picture_places)
-    if question.picture_size is not None:
-        limits.check_picture("the picture", question.picture_size, of_pictures)
-    limits.check_context(prepared.length, of_pictures, tokens)
+    limits, prepared = limits_from_bundle(bundle, host.settings), host.prepare(question.image, question.prompt)
+    of_images = sum(end - start for start, end in prepared.image_places)
+    if question.image_size is not None:
+        limits.check_image("the image", question.image_size, of_images)
+    limits.check_context(prepared.length, of_images, tokens)
 
 
 def prediction_for(bundle: Bundle, host: Host, question: Question, backend: str, decoded: int) -> Prediction | None:
@@ -70,14 +70,14 @@ def prediction_for(bundle: Bundle, host: Host, question: Question, backend: str,
         return None
     target = Target.from_json(bundle.read_json("target.json"))
     plan = BitPlan.from_json(bundle.read_json("bitplan.json"))
-    prepared, settings = host.prepare(question.picture, question.prompt), host.settings
+    prepared, settings = host.prepare(question.image, question.prompt), host.settings
     latency = predict(
         plan,
         geometry_from_plan(plan, settings),
         target,
         prompt_tokens=prepared.length,
-        picture_tokens=sum(end - start for start, end in prepared.picture_places),
-        picture_size=question.picture_size,
+        image_tokens=sum(end - start for start, end in prepared.image_places),
+        image_size=question.image_size,
         max_pixels=settings["image"].get("max_pixels"),
         decoded=decoded,
     )

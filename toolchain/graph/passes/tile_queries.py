@@ -1,10 +1,10 @@
-"""Attention over a large picture runs in tiles of queries, each against all keys, so that no score tensor is whole.
+"""Attention over a large image runs in tiles of queries, each against all keys, so that no score tensor is whole.
 
     q ── MatMul(kᵀ) ── Softmax ── MatMul(v) ── y
     →    rows n·i/T … n·(i+1)/T of q, the same three nodes for each i < T, and a Concat of the T results
 
 Every row of scores is computed from the same numbers as before. Only chains without a mask are touched, and only where
-the scores of the largest picture exceed the limit.
+the scores of the largest image exceed the limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolchain.plan.memory import MOST_TILES, SCORES_BYTES
 
 @dataclass(frozen=True)
 class _Chain:
-    """The nodes of one attention, and its score tensor's size at the largest picture."""
+    """The nodes of one attention, and its score tensor's size at the largest image."""
 
     scores: gs.Node
     softmax: gs.Node
@@ -52,7 +52,7 @@ def tile_queries(graph: gs.Graph, largest: Mapping[str, Sequence[int]], scores_b
             tiles = min(wanted, MOST_TILES)
             if tiles < wanted:
                 reason = f"{found.bytes:,} bytes of scores take {wanted} tiles, more than {MOST_TILES}: a tile holds "
-                reason += f"{found.bytes // tiles:,}, more than {scores_bytes:,}; limit the largest picture"
+                reason += f"{found.bytes // tiles:,}, more than {scores_bytes:,}; limit the largest image"
                 refused.append(Refusal(node.name, reason))
             _tile(graph, found, tiles, bounds)
             done.append(node.name)

@@ -1,5 +1,5 @@
 """Coordinate descent behind a gate: every matrix takes it, with S_o or with S_o = I, or keeps the sweep's codes,
-whichever loses least by gradients of pictures that none of them was fitted to (mgvq-algorithm 6, note 2c).
+whichever loses least by gradients of images that none of them was fitted to (mgvq-algorithm 6, note 2c).
 
 What a matrix loses is E_b⟨G_b, E⟩² with E = W* − Ŵ (equation 16). Matrices of a group share a codebook, and while that
 stays the sweep's, codes and row scales are each matrix's own: nothing couples one's choice to another's, and the sum
@@ -51,7 +51,7 @@ class Gate:
 @dataclass(frozen=True)
 class Fit:
     """What the ways of coding are fitted to: S_i float32[n, n] of all inputs, which the sweep takes; that of the
-    pictures no gate holds out, which descent takes; S_o float32[m, m] a layer, damped, or None, where rows count alike.
+    images no gate holds out, which descent takes; S_o float32[m, m] a layer, damped, or None, where rows count alike.
     """
 
     moment: Tensor

@@ -46,7 +46,7 @@ class Recipe:
     bias: bool = True  # closed-form bias correction
     tune: bool = False  # end-to-end KL fine-tuning of codebooks, scales and norms
     # One of `codebook_sharing.CHOICES`. Shared codebooks lose more: on the demo at 2.0 index bits (one seed, 400
-    # questions of 100 other pictures) KL 0.0015 with codebooks of groups, 0.0032 of parts, 0.0033 universal, 2.1 and
+    # questions of 100 other images) KL 0.0015 with codebooks of groups, 0.0032 of parts, 0.0033 universal, 2.1 and
     # 2.2 times as much (paired 95 % intervals 0.9 to 4.9 and 0.9 to 5.2), for 2.21, 2.13 and 2.11 real bits; layer
     # errors on those questions 1.25 and 1.6 times as large. Universal with the bytes saved spent on index bits, 2.10
     # and 2.21 real: 0.0033 still. To a large model the bytes are nothing. Universal codebooks break on heavy tails

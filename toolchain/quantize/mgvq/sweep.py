@@ -64,7 +64,7 @@ class DriftSolver:
         self.request, self.recipe, self.plan, self.full, self.token_weights = request, recipe, plan, full, token_weights
         self.codebooks = codebooks or {}
         self.pairs: dict[str, PairMoments] = {}
-        self.fitted: dict[str, Tensor] = {}  # group → S_i of the pictures that the gate does not hold out
+        self.fitted: dict[str, Tensor] = {}  # group → S_i of the images that the gate does not hold out
         self.statistics = LossStatistics()
 
     def begin(self, model: nn.Module, step: Sequence[LayerSpec]) -> None:

@@ -29,11 +29,11 @@ from toolchain.values import SILENT, Progress
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """What fine-tuning did. Losses and divergences are nats an answer token, on the held-out pictures.
+    """What fine-tuning did. Losses and divergences are nats an answer token, on the held-out images.
 
     loss_before, loss_after: what was minimised, which chose the best state. before, after: the answers' KL alone.
     improved: False where no state was better than the start; the model is then what it was.
-    held_out_pictures: 0 where there were too few pictures to hold any out; the figures are then of the training data.
+    held_out_images: 0 where there were too few images to hold any out; the figures are then of the training data.
     history: the loss at the start and after every epoch.
     """
 
@@ -44,7 +44,7 @@ class FineTuneResult:
     improved: bool
     steps: int
     best_step: int
-    held_out_pictures: int
+    held_out_images: int
     held_out_samples: int
     history: tuple[float, ...]
 
@@ -101,7 +101,7 @@ def fine_tune(
 ) -> FineTuneResult:
     """Train a quantized model's codebooks, scales, norms and biases in place, and tell how far it came.
 
-    The best state on held-out pictures is kept; where none is better than the start, the model stays what it was. Same
+    The best state on held-out images is kept; where none is better than the start, the model stays what it was. Same
     seed, inputs, machine and threads: same bytes, whether the run was interrupted or not.
 
     Args:
@@ -121,7 +121,7 @@ def fine_tune(
     if not vq_modules(model):
         raise UsageError("fine-tuning: expected a quantized model, found no quantized layer in it; quantize it first")
     targets = [teacher_target(teacher, one, settings) for one in inputs]
-    train, held, pictures = refinement_split(inputs)
+    train, held, images = refinement_split(inputs)
     with _tunable(model, settings) as tuned:
         groups = [{"params": list(tuned.offsets[kind].values())} for kind in ("codebooks", "scales", "kept")]
         run = _Run(model, inputs, targets, train, held, settings, tuned, torch.optim.Adam(groups), _State())
@@ -150,8 +150,8 @@ def fine_tune(
         improved=now.best is not None,
         steps=now.step,
         best_step=now.best_step,
-        held_out_pictures=pictures,
-        held_out_samples=len(held) if pictures else 0,
+        held_out_images=images,
+        held_out_samples=len(held) if images else 0,
         history=tuple(now.history),
     )
 
@@ -211,7 +211,7 @@ def _step(run: _Run) -> None:
 
 
 def _judge(run: _Run) -> None:
-    """Measure the held-out pictures, and remember the state where it is the best so far."""
+    """Measure the held-out images, and remember the state where it is the best so far."""
     run.tuned.install()
     loss, answer = held_out_loss(run)
     now = run.now

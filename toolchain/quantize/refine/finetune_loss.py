@@ -22,7 +22,7 @@ class Target:
 
 
 def text_tokens(one: CalibrationInput) -> int:
-    """How many tokens stand after the last picture token; all but the first where there is no picture."""
+    """How many tokens stand after the last image token; all but the first where there is no image."""
     places = one.is_image.nonzero()
     last = int(places[-1]) if len(places) else 0
     return len(one.is_image) - 1 - last
@@ -53,7 +53,7 @@ def teacher_target(teacher: nn.Module, one: CalibrationInput, settings: FineTune
 def sample_loss(expected: Tensor, found: Tensor, answer: int, settings: FineTuneSettings) -> tuple[Tensor, Tensor]:
     """(the loss, the answer's KL at temperature 1), both summed over the answer's tokens, nats.
 
-    The loss is τ² (Σ_answer KL + text_weight · answer tokens · mean KL over the text after the picture), with both
+    The loss is τ² (Σ_answer KL + text_weight · answer tokens · mean KL over the text after the image), with both
     distributions at temperature τ (Hinton et al. 2015), from log-probabilities float32[t, v].
     """
     own = token_divergences(expected[-answer:], found.detach()[-answer:]).sum()

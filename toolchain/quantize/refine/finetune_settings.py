@@ -17,12 +17,12 @@ class FineTuneSettings:
     epochs, batch: passes over the training part, and samples a step. warm_up: share of the steps in which the rates
     rise; a cosine takes them to zero after it. patience: epochs without a new best before the end. save_every: steps.
     codebook_rate, scale_rate, kept_rate: Adam's, relative to the size of what they move (`lookup.TunedWeights`).
-    text_weight: of the mean KL at all text after the picture beside that at the answer; with 0 the teacher's
+    text_weight: of the mean KL at all text after the image beside that at the answer; with 0 the teacher's
     log-probabilities are kept for answers only. temperature: both distributions are softened by it (`sample_loss`).
     kept_dtype: of norms and biases in the checkpoint (`writing.kept_dtype`). seed: draws the order of samples.
     """
 
-    # Measured on the demo in 4,8,9, tuned on its 96 lines, a fifth of their pictures held out where it is a quarter
+    # Measured on the demo in 4,8,9, tuned on its 96 lines, a fifth of their images held out where it is a quarter
     # now: the answers' KL of 400 other questions, 0.0108 before. These defaults 0.0045 (mean of three seeds 0.0044; on
     # 600 questions that chose nothing 0.0087, 0.0206 before). Temperature 2 0.0047 (mean 0.0053), 1 0.0067. At 2: text
     # weight 3 0.0051, codebook rate 2e-3 0.0054, no codebook 0.0059, nothing kept 0.0051, batch 4 0.0049, scales and

@@ -27,7 +27,7 @@ def run_mark(
     facts = asdict(settings) | {"train": list(train), "answers": [one.answer_tokens for one in inputs]}
     digest = hashlib.sha256(json.dumps(facts, default=str).encode())
     for one in inputs:
-        digest.update(one.picture_digest + _content(one.tensors["input_ids"]))
+        digest.update(one.image_digest + _content(one.tensors["input_ids"]))
     for name, module in tuned.modules.items():
         digest.update(name.encode() + _content(module.codes))
     for values in tuned.start.values():

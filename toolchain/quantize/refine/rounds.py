@@ -2,7 +2,7 @@
 go, and all layers choose their codes again, at once, for weights moved that way (mgvq-algorithm 2.9, last row).
 
 The target of a layer is W† = Ŵ − η u S_o⁻¹ G S_i⁻¹ (`kl_shifts`). One η for all layers, since all of them answer the
-same error: the one whose model is nearest the teacher on pictures that the gradient has not seen, or none.
+same error: the one whose model is nearest the teacher on images that the gradient has not seen, or none.
 
 A round goes three times over the groups, and keeps what it has found in pieces of the run's store:
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.calibration.held_out import JUDGED, picture_numbers, refinement_split
+from toolchain.calibration.held_out import JUDGED, image_numbers, refinement_split
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.checkpoint.modules import keep_decoded, vq_modules
 from toolchain.errors import InputDataError
@@ -51,7 +51,7 @@ from toolchain.vq.weights import VQWeights
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round did: the step taken (0: the model is as it was), nats a token on the held-out pictures by step,
+    """What a round did: the step taken (0: the model is as it was), nats a token on the held-out images by step,
     0 among them, the share of codes that changed, and seconds of the process that finished it, by what they went to.
     """
 
@@ -140,13 +140,13 @@ def jacobi_round(
         seed: draws the answers whose gradients set the length of a step; the result depends on nothing else random.
 
     Raises:
-        InputDataError: too few calibration pictures to hold some out.
+        InputDataError: too few calibration images to hold some out.
     """
-    fit, apart, pictures = refinement_split(inputs)
-    if not pictures:
+    fit, apart, images = refinement_split(inputs)
+    if not images:
         raise InputDataError(
-            f"a Jacobi round holds every {JUDGED}th calibration picture out: expected at least {JUDGED} different "
-            f"pictures, found {len(set(picture_numbers(inputs)))}; add pictures, or leave rounds out"
+            f"a Jacobi round holds every {JUDGED}th calibration image out: expected at least {JUDGED} different "
+            f"images, found {len(set(image_numbers(inputs)))}; add images, or leave rounds out"
         )
     members = groups_of(spec for spec in specs if not spec.tied_to)
     own = (plan, options or RoundOptions(), pieces, seed, members, fit, apart, progress, _Clock())

@@ -1,7 +1,7 @@
 """What runs of columns of a group cost when they are coded: on its own outputs, on the model's loss, and both at once.
 
 The columns are taken in falling order of sensitivity and cut into units (`segmentation.unit_widths`). A proxy
-quantization codes each unit as a segment; the error is then asked about unit by unit, for text and picture tokens apart
+quantization codes each unit as a segment; the error is then asked about unit by unit, for text and image tokens apart
 (mgvq-algorithm 3.2 to 3.4, equations 15 to 17). With one codebook and scale for all columns the demo's losses came out
 twice those that segments really have.
 """

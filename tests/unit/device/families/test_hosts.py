@@ -29,7 +29,7 @@ from toolchain.plan.images import ImagePlan, resized_shape, tile_grid
 SIZES = [(56, 56), (99, 87), (31, 200), (224, 140), (641, 479)]
 
 
-def picture(width: int, height: int) -> Image.Image:
+def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -41,8 +41,8 @@ def qwen_host(folder):
 @pytest.mark.parametrize("size", SIZES)
 def test_qwen2_vl_patches_equal_the_image_processor(size):
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 168)
-    expected = processor(images=[picture(*size)], return_tensors="np")
-    patches, grid = patches_from_image(picture(*size), ImagePlan(56 * 56, 112 * 168))
+    expected = processor(images=[noise(*size)], return_tensors="np")
+    patches, grid = patches_from_image(noise(*size), ImagePlan(56 * 56, 112 * 168))
     assert expected["image_grid_thw"].tolist() == [[1, *grid]]
     np.testing.assert_array_equal(patches, expected["pixel_values"])
 
@@ -53,7 +53,7 @@ def test_qwen2_vl_ids_equal_tokenizer_and_template(tiny_qwen2_vl):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    prepared = qwen_host(tiny_qwen2_vl).prepare(picture(99, 87), "What is in row 1, column 2?")
+    prepared = qwen_host(tiny_qwen2_vl).prepare(noise(99, 87), "What is in row 1, column 2?")
     tokens = prepared.vision_feeds[0]["pixel_values"].shape[0] // 4
     expected = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))["input_ids"]
     assert prepared.input_ids.tolist() == expected
@@ -62,7 +62,7 @@ def test_qwen2_vl_ids_equal_tokenizer_and_template(tiny_qwen2_vl):
 @pytest.mark.parametrize("size", [(84, 56), (56, 112), (112, 112)])
 def test_qwen2_vl_positions_equal_the_model(tiny_qwen2_vl, size):
     model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_qwen2_vl)
-    prepared = qwen_host(tiny_qwen2_vl).prepare(picture(*size), "Read row 1.")
+    prepared = qwen_host(tiny_qwen2_vl).prepare(noise(*size), "Read row 1.")
     ids = torch.from_numpy(prepared.input_ids)[None]
     grid = torch.tensor([[1, size[1] // 14, size[0] // 14]])
     is_image = (ids == model.config.image_token_id).int()
@@ -82,13 +82,13 @@ def test_internvl_tiles_equal_the_image_processor(tiny_internvl, size):
     processor = GotOcr2ImageProcessorPil(
         size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=6
     )
-    expected = processor(images=[picture(*size)], return_tensors="np")["pixel_values"]
+    expected = processor(images=[noise(*size)], return_tensors="np")["pixel_values"]
     config = read_config(tiny_internvl)
-    tiles = family_for(config).load_host(config, tiny_internvl).tiles(picture(*size))
+    tiles = family_for(config).load_host(config, tiny_internvl).tiles(noise(*size))
     np.testing.assert_array_equal(tiles, np.stack(list(expected)))
 
 
-# Of any size and shape a camera gives: both sides of every rounding, tiny pictures and those beyond the limits.
+# Of any size and shape a camera gives: both sides of every rounding, tiny images and those beyond the limits.
 SIDES = strategies.integers(8, 640)
 
 
@@ -96,8 +96,8 @@ SIDES = strategies.integers(8, 640)
 @given(width=SIDES, height=SIDES)
 def test_qwen2_vl_patches_of_any_size_equal_the_image_processors(width, height):
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 168)
-    expected = processor(images=[picture(width, height)], return_tensors="np")
-    patches, grid = patches_from_image(picture(width, height), ImagePlan(56 * 56, 112 * 168))
+    expected = processor(images=[noise(width, height)], return_tensors="np")
+    patches, grid = patches_from_image(noise(width, height), ImagePlan(56 * 56, 112 * 168))
     assert expected["image_grid_thw"].tolist() == [[1, *grid]]
     np.testing.assert_array_equal(patches, expected["pixel_values"])
 
@@ -107,19 +107,19 @@ def test_qwen2_vl_patches_of_any_size_equal_the_image_processors(width, height):
 def test_internvl_tiles_of_any_size_equal_the_image_processors(width, height):
     size, image = {"height": 28, "width": 28}, {"tile": 28, "min_tiles": 1, "max_tiles": 12}
     processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=12)
-    expected = processor(images=[picture(width, height)], return_tensors="np")["pixel_values"]
+    expected = processor(images=[noise(width, height)], return_tensors="np")["pixel_values"]
     host = SimpleNamespace(settings={"image": image | {"mean": processor.image_mean, "std": processor.image_std}})
-    np.testing.assert_array_equal(InternVLHost.tiles(host, picture(width, height)), np.stack(list(expected)))
+    np.testing.assert_array_equal(InternVLHost.tiles(host, noise(width, height)), np.stack(list(expected)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_a_file_is_opened_as_transformers_opens_it(tmp_path, mode, orientation):
-    """Cameras store pictures as the sensor lay, and how to turn them beside it (EXIF)."""
+    """Cameras store images as the sensor lay, and how to turn them beside it (EXIF)."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "photo.png"
-    picture(40, 24).convert(mode).save(path, exif=exif)
+    noise(40, 24).convert(mode).save(path, exif=exif)
     np.testing.assert_array_equal(np.asarray(open_image(path)), np.asarray(load_image(str(path))))
 
 
@@ -135,7 +135,7 @@ def test_sides_too_different_are_refused():
         resized_shape(10, 3000, ImagePlan(56 * 56, 112 * 112))
 
 
-def test_unreadable_pictures_are_named(tmp_path):
+def test_unreadable_images_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
     with pytest.raises(InputDataError, match=r"broken\.png cannot be read"):

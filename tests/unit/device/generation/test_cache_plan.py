@@ -45,7 +45,7 @@ def test_a_context_beyond_what_engines_are_built_for_has_buckets_up_to_that():
     }
 
 
-def test_a_targets_limits_make_pictures_and_contexts_smaller_and_never_larger():
+def test_a_targets_limits_make_images_and_contexts_smaller_and_never_larger():
     decoder = {"hidden": 64} | decoder_lengths(4096)
     settings = {"family": "x", "image": {"min_pixels": 100, "max_pixels": 5000, "patch": 14}, "decoder": decoder}
     small = limited_settings(settings, max_pixels=700, context=300)

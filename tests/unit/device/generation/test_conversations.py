@@ -25,7 +25,7 @@ ROOMY = Limits(512, None, "a test")
 FAMILIES = ["tiny_qwen2_vl", "tiny_internvl"]
 
 
-def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
+def image(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
@@ -35,9 +35,9 @@ def host_of(folder):
 
 
 TURNS = [
-    Turn("user", "What is in row 1, column 2?", (picture(1), picture(2, (60, 120)))),
+    Turn("user", "What is in row 1, column 2?", (image(1), image(2, (60, 120)))),
     Turn("assistant", "red 3"),
-    Turn("user", "Read row 1.", (picture(3, (150, 80)),)),
+    Turn("user", "Read row 1.", (image(3, (150, 80)),)),
     Turn("assistant", "blue 1"),
     Turn("user", "How many?"),
 ]
@@ -45,7 +45,7 @@ TURNS = [
 
 def messages(turns):
     return [
-        {"role": t.role, "content": [{"type": "image"}] * len(t.pictures) + [{"type": "text", "text": t.text}]}
+        {"role": t.role, "content": [{"type": "image"}] * len(t.images) + [{"type": "text", "text": t.text}]}
         for t in turns
     ]
 
@@ -58,15 +58,15 @@ def test_ids_of_several_turns_equal_tokenizer_and_template(request, name, count)
     text = tokenizer.apply_chat_template(messages(TURNS[:count]), tokenize=False, add_generation_prompt=True)
     prepared = host.prepare_turns(TURNS[:count])
     for feeds in prepared.vision_feeds:
-        text = text.replace(host.image_token, host.picture_text(host.picture_tokens(feeds)).replace("<", "\0"), 1)
+        text = text.replace(host.image_token, host.image_text(host.image_tokens(feeds)).replace("<", "\0"), 1)
     expected = tokenizer(text.replace("\0", "<"))["input_ids"]
     assert prepared.input_ids.tolist() == expected
-    of_pictures = [i for start, end in prepared.picture_places for i in range(start, end)]
-    assert of_pictures == np.flatnonzero(prepared.input_ids == host.image_token_id).tolist()
+    of_images = [i for start, end in prepared.image_places for i in range(start, end)]
+    assert of_images == np.flatnonzero(prepared.input_ids == host.image_token_id).tolist()
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_qwen2_vl_positions_of_several_pictures_equal_the_model(tiny_qwen2_vl, count):
+def test_qwen2_vl_positions_of_several_images_equal_the_model(tiny_qwen2_vl, count):
     model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_qwen2_vl)
     prepared = host_of(tiny_qwen2_vl).prepare_turns(TURNS[:count])
     ids = torch.from_numpy(prepared.input_ids)[None]
@@ -87,7 +87,7 @@ def test_a_template_that_refuses_is_a_refusal(tiny_qwen2_vl):
 
 def test_a_prompt_that_contains_the_placeholder_is_refused(tiny_qwen2_vl):
     host = host_of(tiny_qwen2_vl)
-    with pytest.raises(InputDataError, match=r"wrote 1 times '<.image_pad.>' for 0 pictures"):
+    with pytest.raises(InputDataError, match=r"wrote 1 times '<.image_pad.>' for 0 images"):
         host.prepare(None, f"What is {host.image_token}?")
 
 
@@ -113,7 +113,7 @@ def test_a_character_of_several_tokens_appears_whole(tiny_qwen2_vl):
 
 
 class CountingRunner(GraphRunner):
-    """Counts the tokens that are computed, and the pictures."""
+    """Counts the tokens that are computed, and the images."""
 
     fed = 0
     seen = 0
@@ -122,9 +122,9 @@ class CountingRunner(GraphRunner):
         self.fed += len(ids)
         return super().extend(ids, features, positions)
 
-    def picture_features(self, feeds):
+    def image_features(self, feeds):
         self.seen += 1
-        return super().picture_features(feeds)
+        return super().image_features(feeds)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -144,7 +144,7 @@ def conversation(model, limits=ROOMY):
 
 
 def test_a_second_question_computes_only_what_is_new_and_answers_the_same(model):
-    about = [("p", picture(1))]
+    about = [("p", image(1))]
     talk, runner = conversation(model)
     first = talk.ask("Read row 1.", about, max_new_tokens=5)
     fed = runner.fed
@@ -159,37 +159,37 @@ def test_a_second_question_computes_only_what_is_new_and_answers_the_same(model)
     assert (again.ids, again.text) == (second.ids, second.text)
 
 
-def test_another_picture_of_the_same_size_is_not_taken_for_the_first(model):
+def test_another_image_of_the_same_size_is_not_taken_for_the_first(model):
     talk, runner = conversation(model)
-    talk.ask("Read row 1.", [("p", picture(1))], max_new_tokens=3)
+    talk.ask("Read row 1.", [("p", image(1))], max_new_tokens=3)
     talk.reset()
-    other = talk.ask("Read row 1.", [("q", picture(2))], max_new_tokens=3)
+    other = talk.ask("Read row 1.", [("q", image(2))], max_new_tokens=3)
     assert runner.seen == 2
     fresh, _ = conversation(model)
-    expected = fresh.ask("Read row 1.", [("q", picture(2))], max_new_tokens=3)
+    expected = fresh.ask("Read row 1.", [("q", image(2))], max_new_tokens=3)
     assert other.ids == expected.ids
     talk.reset()
-    same = talk.ask("Read row 1.", [("q", picture(2))], max_new_tokens=3)
-    assert (runner.seen, same.ids) == (2, expected.ids), "the same picture again is held"
+    same = talk.ask("Read row 1.", [("q", image(2))], max_new_tokens=3)
+    assert (runner.seen, same.ids) == (2, expected.ids), "the same image again is held"
     assert same.reused_tokens == same.prompt_tokens - 1
 
 
-def test_several_pictures_in_one_turn_are_fed_one_after_the_other(model):
+def test_several_images_in_one_turn_are_fed_one_after_the_other(model):
     """As engines need it; the answer is that of all at once."""
-    pictures = [("p", picture(1)), ("q", picture(2)), ("r", picture(3))]
+    images = [("p", image(1)), ("q", image(2)), ("r", image(3))]
     talk, runner = conversation(model)
-    found = talk.ask("Read row 1.", pictures, max_new_tokens=4)
+    found = talk.ask("Read row 1.", images, max_new_tokens=4)
     assert runner.seen == 3
-    prepared = model.host.prepare_turns([Turn("user", "Read row 1.", tuple(p for _, p in pictures))])
+    prepared = model.host.prepare_turns([Turn("user", "Read row 1.", tuple(p for _, p in images))])
     whole = GraphRunner(model.graphs, model.host.settings["decoder"], model.host.axes, 512)
-    features = np.concatenate([whole.picture_features(feeds) for feeds in prepared.vision_feeds])
+    features = np.concatenate([whole.image_features(feeds) for feeds in prepared.vision_feeds])
     logits = whole.extend(prepared.input_ids, features, prepared.positions)
     assert found.ids[0] == int(logits.argmax())
 
 
 def test_streamed_text_is_the_answer(model):
     pieces: list[str] = []
-    reply = conversation(model)[0].ask("Read row 1.", [("p", picture(1))], max_new_tokens=8, on_text=pieces.append)
+    reply = conversation(model)[0].ask("Read row 1.", [("p", image(1))], max_new_tokens=8, on_text=pieces.append)
     assert "".join(pieces) == reply.text
 
 
@@ -197,7 +197,7 @@ def test_a_context_that_does_not_fit_is_refused_with_the_numbers_and_changes_not
     talk, _ = conversation(model, Limits(80, None, "orin-nano-8gb"))
     first = talk.ask("Read row 1.", max_new_tokens=4)
     before = list(talk.turns)
-    pattern = r"prompt of \d+ tokens \(0 of pictures\) and up to 400 new ones exceed the context of 80 planned for orin"
+    pattern = r"prompt of \d+ tokens \(0 of images\) and up to 400 new ones exceed the context of 80 planned for orin"
     with pytest.raises(BudgetError, match=pattern) as caught:
         talk.ask("And row 2?", max_new_tokens=400)
     assert caught.value.exit_code == 5
@@ -205,10 +205,10 @@ def test_a_context_that_does_not_fit_is_refused_with_the_numbers_and_changes_not
     assert first.ids
 
 
-def test_a_picture_larger_than_planned_is_refused_with_a_size_that_would_do(model):
+def test_a_image_larger_than_planned_is_refused_with_a_size_that_would_do(model):
     talk, runner = conversation(model, Limits(512, 1, "orin-nano-8gb"))
     with pytest.raises(InputDataError, match=r"pic.png of 90x60 pixels takes \d+ tokens; .* planned for 1 a") as caught:
-        talk.ask("?", [("picture pic.png", picture(1))])
+        talk.ask("?", [("image pic.png", image(1))])
     assert caught.value.exit_code == 7
     assert (runner.fed, talk.turns) == (0, [])
 
@@ -238,14 +238,14 @@ def test_limits_are_the_tightest_of_checkpoint_engines_and_plan(planned_bundle):
     )
 
 
-def test_the_largest_square_stands_for_all_pictures_under_the_pixel_limit(planned_bundle):
-    """A wide picture may take a few tokens more than the square that the plan counted."""
-    assert limits_from_bundle(planned_bundle([100, 100], 9), host_settings(10_000, 12)).picture_tokens == 12
+def test_the_largest_square_stands_for_all_images_under_the_pixel_limit(planned_bundle):
+    """A wide image may take a few tokens more than the square that the plan counted."""
+    assert limits_from_bundle(planned_bundle([100, 100], 9), host_settings(10_000, 12)).image_tokens == 12
 
 
 def test_without_a_plan_the_checkpoints_limits_hold(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     bundle = write_bundle({"x.json": tmp_path / "x.json"}, tmp_path / "bundle")
     found = limits_from_bundle(bundle, host_settings(10_000, 12))
-    assert (found.context_tokens, found.picture_tokens) == (100, 12)
+    assert (found.context_tokens, found.image_tokens) == (100, 12)
     assert "no memory plan" in found.planned_for

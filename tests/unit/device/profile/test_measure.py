@@ -44,7 +44,7 @@ def clock(monkeypatch) -> Clock:
 
 
 class StubHost:
-    """Five ids, two of them a picture's; preparing takes 1 ms."""
+    """Five ids, two of them an image's; preparing takes 1 ms."""
 
     axes = 1
     settings = {"decoder": {"hidden": 4}}  # noqa: RUF012 - a constant
@@ -52,10 +52,10 @@ class StubHost:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def prepare(self, picture, prompt) -> Prepared:
+    def prepare(self, image, prompt) -> Prepared:
         self._clock.pass_ms(1)
-        feeds = ({"pixel_values": np.zeros((1, 3), np.float32)},) if picture else ()
-        places = ((1, 3),) if picture else ()
+        feeds = ({"pixel_values": np.zeros((1, 3), np.float32)},) if image else ()
+        places = ((1, 3),) if image else ()
         return Prepared(feeds, np.arange(5), np.arange(5)[None], 5, places)
 
 
@@ -96,7 +96,7 @@ class StubRecording:
     def truncate(self, length):
         self.length = min(self.length, length)
 
-    def picture_features(self, feeds):
+    def image_features(self, feeds):
         self._call("vision", 3, "model.visual.blocks.0.attn.qkv")
         return np.zeros((2, 4), np.float32)
 
@@ -116,17 +116,17 @@ class StubRecording:
 
 
 SOURCE = Source("qwen2_vl for orin", "0123456789abcdef", Machine("Orin Developer Kit", "36.4.3", gpu=Gpu("Orin", "87")))
-PICTURE = Question("what?", Image.new("RGB", (8, 6)))
+IMAGE = Question("what?", Image.new("RGB", (8, 6)))
 
 
 def test_phases_are_what_the_clock_says(clock):
-    found = measure(StubBackend(clock), StubHost(clock), PICTURE, Settings(3, 1, 4))
+    found = measure(StubBackend(clock), StubHost(clock), IMAGE, Settings(3, 1, 4))
     medians = {name: spread.median for name, spread in found.phases.items()}
     assert medians == pytest.approx({"prepare": 1, "vision": 3, "embed": 0.5, "prefill": 11, "decode": 3.5})
     assert found.first_token.median == pytest.approx(1 + 3 + 0.5 + 11)
     assert found.graph_ms == pytest.approx({"vision": 3, "embed": 0.5, "prefill": 10, "decode": 2.5})
     assert found.tokens_per_s == pytest.approx(1000 / 3.5)
-    assert (found.prompt_tokens, found.picture_tokens, found.answer) == (5, 2, (7, 7, 7, 7))
+    assert (found.prompt_tokens, found.image_tokens, found.answer) == (5, 2, (7, 7, 7, 7))
     assert {name: spread.count for name, spread in found.phases.items()} == {
         "prepare": 3, "vision": 3, "embed": 3, "prefill": 3, "decode": 9
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_phases_are_what_the_clock_says(clock):
 
 def test_layers_are_recorded_apart_and_sum_to_their_own_pass(clock):
     backend = StubBackend(clock)
-    found = measure(backend, StubHost(clock), PICTURE, Settings(3, 1, 4))
+    found = measure(backend, StubHost(clock), IMAGE, Settings(3, 1, 4))
     assert backend.opened == [(9, False), (9, True)]
     decode = found.tallies["decode"]
     assert decode.total_ms == pytest.approx(2 * 2.5 + 1)
@@ -149,7 +149,7 @@ def test_layers_are_recorded_apart_and_sum_to_their_own_pass(clock):
 
 def test_what_recording_costs_is_told_from_the_same_tokens(clock):
     """The recorded pass stops after 8 tokens, where the context is short: so has the pass beside it to be read."""
-    found = measure(StubBackend(clock, growth=0.5), StubHost(clock), PICTURE, Settings(2, 0, 30))
+    found = measure(StubBackend(clock, growth=0.5), StubHost(clock), IMAGE, Settings(2, 0, 30))
     # Seven tokens after the first, upon 5 to 11 places: 2.5 + 0.5 * 8 ms of graphs each, and 1 ms outside.
     assert found.tallies["decode"].total_ms == pytest.approx(2 * 6.5 + 1)
     assert found.slowdown["decode"] == pytest.approx((2 * 6.5 + 1) / (6.5 + 1))
@@ -157,14 +157,14 @@ def test_what_recording_costs_is_told_from_the_same_tokens(clock):
 
 
 def test_a_backend_that_does_not_look_has_no_embed_phase(clock):
-    found = measure(StubBackend(clock, watches=False), StubHost(clock), PICTURE, Settings(2, 0, 3))
+    found = measure(StubBackend(clock, watches=False), StubHost(clock), IMAGE, Settings(2, 0, 3))
     assert list(found.phases) == ["prepare", "vision", "prefill", "decode"]
     assert found.phases["prefill"].median == pytest.approx(11.5)
     assert found.graph_ms == {}
     assert found.tallies["prefill"].part("embedding").ms == pytest.approx(0.25)
 
 
-def test_without_a_picture_there_is_no_vision(clock):
+def test_without_a_image_there_is_no_vision(clock):
     found = measure(StubBackend(clock), StubHost(clock), Question("what?"), Settings(2, 0, 2))
     assert "vision" not in found.phases
     assert "vision" not in found.tallies
@@ -176,18 +176,18 @@ def test_warmup_does_not_count(clock):
     slow = iter([500.0])
     prepare = host.prepare
 
-    def slow_once(picture, prompt):
+    def slow_once(image, prompt):
         clock.pass_ms(next(slow, 0.0) if backend.opened else 0.0)
-        return prepare(picture, prompt)
+        return prepare(image, prompt)
 
     host.prepare = slow_once
-    found = measure(backend, host, PICTURE, Settings(4, 1, 2))
+    found = measure(backend, host, IMAGE, Settings(4, 1, 2))
     assert found.phases["prepare"].p90 == pytest.approx(1)
 
 
 def test_recording_that_changes_the_answer_is_refused(clock):
     with pytest.raises(RuntimeError, match="changed the answer"):
-        measure(StubBackend(clock, answers=lambda layers: 1 + layers), StubHost(clock), PICTURE, Settings(1, 0, 2))
+        measure(StubBackend(clock, answers=lambda layers: 1 + layers), StubHost(clock), IMAGE, Settings(1, 0, 2))
 
 
 @pytest.mark.parametrize("settings", [(0, 0, 2), (1, -1, 2), (1, 0, 1)])
@@ -209,12 +209,12 @@ def latency(decode_ms: float) -> LatencyPlan:
 
 @pytest.fixture
 def measured(clock) -> Measured:
-    return measure(StubBackend(clock), StubHost(clock), PICTURE, Settings(3, 1, 4))
+    return measure(StubBackend(clock), StubHost(clock), IMAGE, Settings(3, 1, 4))
 
 
 def result(measured: Measured, prediction=None, telemetry=None) -> dict:
     data = profile_json(
-        measured, PICTURE, source=SOURCE, backend="stub", runtime={"stub": "1.0"}, prediction=prediction,
+        measured, IMAGE, source=SOURCE, backend="stub", runtime={"stub": "1.0"}, prediction=prediction,
         telemetry=telemetry,
     )  # fmt: skip
     assert json.loads(json.dumps(data)) == data  # JSON-clean
@@ -311,7 +311,7 @@ def test_prediction_follows_the_question():
     found = geometry_from_plan(plan, settings)
     assert dataclasses.replace(found, vision_heads=real.vision_heads) == real
     board = load_target("orin-nano-8gb")
-    ask = SimpleNamespace(picture_tokens=64, picture_size=(224, 224), max_pixels=None, decoded=32)
+    ask = SimpleNamespace(image_tokens=64, image_size=(224, 224), max_pixels=None, decoded=32)
     short, long = (predict(plan, found, board, prompt_tokens=n, **vars(ask)) for n in (100, 1000))
     assert short.phase("prefill").ms < long.phase("prefill").ms
     assert short.phase("decode").ms < long.phase("decode").ms

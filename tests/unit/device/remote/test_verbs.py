@@ -23,7 +23,7 @@ from toolchain.errors import EnvironmentMismatch, InputDataError
 
 @needs_rsync
 def test_a_verb_runs_there_and_its_output_comes_back(board, bundle, tmp_path, capfd, said):
-    image = tmp_path / "picture one.png"
+    image = tmp_path / "image one.png"
     image.write_text("pixels")
     code = run(board, "copy", bundle, tmp_path / "out", "--prompt", "what's $HOME?", inputs={"--image": image})
     assert code == 0

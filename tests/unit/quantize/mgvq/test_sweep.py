@@ -1,4 +1,4 @@
-"""What the solver gives to the gate of descent: no gradient of a picture that something was fitted to."""
+"""What the solver gives to the gate of descent: no gradient of an image that something was fitted to."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [6, 3])
-def test_pictures_that_gate_descent_are_in_nothing_it_is_fitted_to(tiny_qwen2_vl, tiny_manifest, tmp_path, seen, count):
-    """Two questions a picture. With three pictures there is nothing to hold out: all samples serve for all."""
+def test_images_that_gate_descent_are_in_nothing_it_is_fitted_to(tiny_qwen2_vl, tiny_manifest, tmp_path, seen, count):
+    """Two questions an image. With three images there is nothing to hold out: all samples serve for all."""
     samples = [one for one in read_manifest(tiny_manifest)[:count] for _ in range(2)]
     with pytest.raises(_SeenEnoughError):
         quantize_checkpoint(
@@ -67,9 +67,9 @@ def test_pictures_that_gate_descent_are_in_nothing_it_is_fitted_to(tiny_qwen2_vl
         assert not fit.is_coupled, "no sample is left for an output curvature"
         return
     fitted_inputs, fitted = seen["pairs"][-2]
-    apart = {inputs[number].picture_digest for number in held}
+    apart = {inputs[number].image_digest for number in held}
     assert len(apart) == 2
-    assert {one.picture_digest for one in fitted_inputs} == {one.picture_digest for one in inputs} - apart
+    assert {one.image_digest for one in fitted_inputs} == {one.image_digest for one in inputs} - apart
     assert torch.equal(fit.fitted, fitted[group].whole.moment / fitted[group].whole.token_weight)
     assert not torch.equal(fit.fitted, fit.moment)
     assert fit.is_coupled

@@ -61,7 +61,7 @@ def teacher(tiny_qwen2_vl):
 
 @pytest.fixture(scope="module")
 def inputs(tiny_qwen2_vl, tiny_manifest):
-    """Twelve samples of six pictures."""
+    """Twelve samples of six images."""
     processor = family_for(open_checkpoint(tiny_qwen2_vl).config).load_processor(tiny_qwen2_vl)
     return calibration_inputs(processor, read_manifest(tiny_manifest) * 2)
 
@@ -93,13 +93,13 @@ def test_it_gets_nearer_on_all_samples_and_on_those_held_out(quantized, teacher,
 
 def test_what_is_reported_is_what_the_model_does(teacher, inputs, quantized, tuned):
     model, result, _ = tuned
-    _, held, pictures = refinement_split(inputs)
+    _, held, images = refinement_split(inputs)
     apart = [inputs[i] for i in held]
-    assert (result.held_out_pictures, result.held_out_samples) == (pictures, len(held)) == (1, 2)
+    assert (result.held_out_images, result.held_out_samples) == (images, len(held)) == (1, 2)
     assert result.after == pytest.approx(divergence(model, teacher, apart), rel=1e-3)
     assert result.before == pytest.approx(divergence(load_quantized(quantized), teacher, apart), rel=1e-3)
     assert (result.history[0], min(result.history)) == (result.loss_before, result.loss_after)
-    assert result.best_step % 5 == 0  # ten samples, two a step: the held-out pictures are looked at every five
+    assert result.best_step % 5 == 0  # ten samples, two a step: the held-out images are looked at every five
 
 
 def test_codes_and_matrices_stay_and_all_that_is_continuous_moves(quantized, tuned):

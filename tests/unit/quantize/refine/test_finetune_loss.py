@@ -19,7 +19,7 @@ from toolchain.vq.divergence import log_probabilities, token_divergences
 FAST = FineTuneSettings()
 
 
-def test_text_is_what_stands_after_the_picture(tiny_qwen2_vl, tiny_manifest):
+def test_text_is_what_stands_after_the_image(tiny_qwen2_vl, tiny_manifest):
     teacher = load_model(tiny_qwen2_vl)
     processor = family_for(read_config(tiny_qwen2_vl)).load_processor(tiny_qwen2_vl)
     inputs = calibration_inputs(processor, read_manifest(tiny_manifest)[:1])

@@ -144,9 +144,9 @@ def test_twice_the_same_bytes(tiny_qwen2_vl, tiny_manifest, tmp_path):
     assert found[0] == found[1]
 
 
-def test_too_few_pictures_to_hold_one_out_are_refused(setting, pieces):
+def test_too_few_images_to_hold_one_out_are_refused(setting, pieces):
     few = SimpleNamespace(**{**vars(setting), "inputs": setting.inputs[:3] * 2})
-    with pytest.raises(InputDataError, match="at least 4 different pictures, found 3; add pictures, or leave rounds"):
+    with pytest.raises(InputDataError, match="at least 4 different images, found 3; add images, or leave rounds"):
         turn(few, pieces)
 
 

@@ -129,6 +129,6 @@ def test_the_average_of_modalities_is_what_was_measured():
 
 
 def test_the_worst_modality_lifts_what_one_alone_needs():
-    """By hand: text asks a for 3 and b for 1, mean 2; pictures for 1 and 9, mean 5."""
+    """By hand: text asks a for 3 and b for 1, mean 2; images for 1 and 9, mean 5."""
     one = Sensitivity({"a": 4.0, "b": 10.0}, {}, {}, {"a": modal(3.0, 1.0), "b": modal(1.0, 9.0)})
     assert one.totals(WORST) == pytest.approx({"a": 1.5, "b": 1.8})

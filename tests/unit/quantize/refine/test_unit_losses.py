@@ -28,7 +28,7 @@ def gradient_samples(rows: int, columns: int, seed: int) -> list[GradientSample]
 
 
 def group() -> RankedGroup:
-    """Two layers of 192 columns that read text and pictures, columns in some order."""
+    """Two layers of 192 columns that read text and images, columns in some order."""
     weights = [random_layer(40, 192, 0)[0], random_layer(24, 192, 1)[0]]
     generator = torch.Generator().manual_seed(2)
     moments = {"text": random_moment(192, generator), "image": random_moment(192, generator)}
