@@ -39,6 +39,7 @@ LONG = (
 LONG_SECONDS = 20
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test in the group of the dearest fixture that its file shares, or of its file; long groups first."""
     groups: dict[str, str] = {}
@@ -123,8 +124,8 @@ def tiny_qwen2_vl(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_with_loud_columns(tiny_qwen2_vl, tmp_path_factory) -> Path:
-    """The same checkpoint with the first 64 hidden columns of every MLP 16 times as loud: cutting there pays. Read
-    only.
+    """The same checkpoint with the first 64 hidden columns of every MLP with 16 times the amplitude: cutting there
+    pays. Read only.
     """
     from safetensors.torch import load_file, save_file
 

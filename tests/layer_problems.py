@@ -1,4 +1,4 @@
-"""Random layers to quantize: heavy-tailed weights, loud and quiet columns, correlated inputs."""
+"""Random layers to quantize: heavy-tailed weights, columns of high and low energy, correlated inputs."""
 
 from __future__ import annotations
 

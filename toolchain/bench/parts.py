@@ -85,7 +85,7 @@ def draw_group(shape: GroupShape, tokens: int, device: torch.device, generator: 
 
 
 def accumulate(samples: list[tuple[Tensor, Tensor]], *, drifts: bool) -> PairMoments:
-    """The moments of the samples as `moments.collect_pairs` adds them up; with drift C = E[x_f x_qᵀ] too."""
+    """The moments of the samples as `activations.collect_pairs` adds them up; with drift C = E[x_f x_qᵀ] too."""
     tokens = sum(len(quantized) for quantized, _ in samples)
     halves: list[Pair | None] = [None, None]
     for number, (quantized, full) in enumerate(samples):

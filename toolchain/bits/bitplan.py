@@ -61,7 +61,7 @@ def plan(
     """A code for every layer; layers of a group, and a layer and what it is tied to, share code and codebook.
 
     With neither `bits` nor `budget_bytes` every part has its default. With `losses` every group gets the one of its
-    codes that makes the losses' sum the least within either (`vq.allocate`). Without them the loss at b bits is taken
+    codes that makes the losses' sum the least within either (`bits.knapsack`). Without them the loss at b bits is taken
     as sensitivity · 4⁻ᵇ, an average one where a group has none; under `bits` it is then bought down greedily and all
     that fits is bought.
 

@@ -8,7 +8,7 @@ from toolchain.errors import UsageError
 from toolchain.values import LayerPlan, LayerSpec, VQCode
 
 # A group's own codebook, trained on it; one a part and code, trained on samples of all its users; one a code, trained
-# on Gaussian samples once and for all (`vq.universal`).
+# on Gaussian samples once and for all (`vq.universal_codebooks`).
 GROUP, PART, UNIVERSAL = "group", "part", "universal"
 CHOICES = (GROUP, PART, UNIVERSAL)
 

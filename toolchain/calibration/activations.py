@@ -96,10 +96,10 @@ def survey_inputs(
     progress: Progress = SILENT,
     norm_quantile: float | None = None,
 ) -> Survey:
-    """token weights with half for either modality in the decoder, and how loud every input column is.
+    """Token weights with half for either modality in the decoder, and the energy of every input column.
 
     Args:
-        norm_quantile: tokens louder than it lose token weight (`curvature.capped_token_weights`), at the price of a
+        norm_quantile: tokens of a larger norm lose weight (`curvature.capped_token_weights`), at the price of a
             second pass; None leaves all as they are.
     """
     first = {group: members[0] for group, members in groups_of(specs).items()}

@@ -24,7 +24,7 @@ class VQSegmentedLinear(nn.Module):
 
     @property
     def parts(self) -> list[VQLinear]:
-        """The segments, first to last; while a graph is exported, what stands in for them (`graph.twins`)."""
+        """The segments, first to last; while a graph is exported, what stands in for them (`graph.export_modules`)."""
         return cast(list[VQLinear], list(self.segments))
 
     @property

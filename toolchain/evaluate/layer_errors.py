@@ -38,7 +38,7 @@ class LayerError:
     """tr(E H Eᵀ) / tr(W H Wᵀ) of one layer with H of text positions, of image positions, and of both.
 
     None where no such position reaches the layer. `both` gives either modality half of the mass of H, however many
-    positions it has, as `calibration.Moments` does.
+    positions it has, as `moments.Moments` does.
     """
 
     name: str
@@ -182,7 +182,7 @@ def checkpoint_layer_errors(
     Args:
         folder: the checkpoint to measure from, as a rule the full-precision one `model` was made from. It is gone from
             memory afterwards.
-        permutations: that the quantized model's columns are in (`dealing.read_permutations`).
+        permutations: that the quantized model's columns are in (`permuted.read_permutations`).
 
     Raises:
         InputDataError: the checkpoint is broken.

@@ -97,8 +97,8 @@ def _bits(path: Path, kind: str) -> tuple[dict[str, Any], str]:
             f"  {name:<12}{part['weights']:>14,} weights{part['index']:>7.2f} index{part['real']:>7.2f} real"
             f"{part['bytes']:>14,} bytes"
         )
-    tables = {name: code.codebook_bytes for name, code in plan.codebooks().items()}
-    lines.append(f"  tables: {len(tables)}, {sum(tables.values()):,} bytes")
+    codebooks = {name: code.codebook_bytes for name, code in plan.codebooks().items()}
+    lines.append(f"  codebooks: {len(codebooks)}, {sum(codebooks.values()):,} bytes")
     kept = sum(plan.kept.values())
     lines.append(f"  kept in 16 bits: {len(plan.kept)} tensors, {kept:,} elements")
     rotated = {x.group for x in plan.layers if x.rotation}
@@ -106,4 +106,5 @@ def _bits(path: Path, kind: str) -> tuple[dict[str, Any], str]:
         lines.append(f"  inputs rotated: of {len(rotated)} of {len({x.group for x in plan.layers})} groups of layers")
     keys = ("name", "code", "table", "tied_to", "rotation")
     layers = [{key: getattr(x, key) for key in keys} for x in plan.layers]
-    return {"kind": kind, "bits": bits, "layers": layers, "tables": tables, "kept": plan.kept}, "\n".join(lines)
+    found = {"kind": kind, "bits": bits, "layers": layers, "codebooks": codebooks, "kept": plan.kept}
+    return found, "\n".join(lines)

@@ -37,20 +37,22 @@ class Cells:
     moments: Tensor
 
 
-def draw_samples(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, generator: torch.Generator) -> Samples:
+def draw_samples(
+    unit: Tensor, pivots: Tensor, row_importance: Tensor, count: int, generator: torch.Generator
+) -> Samples:
     """At most `count` vectors, one from each of `count` equal stretches of the matrix, so that all rows are heard.
 
     Args:
         unit: float32[m, n], weights divided by their row scale.
         pivots: float32[n / V, V, V] (D_b).
-        loudness: float32[m], r · a²: what an error at unit scale counts in each row.
-        generator: draws the place inside each stretch; the result depends on nothing else random.
+        row_importance: float32[m], r · a²: what an error at unit scale counts in each row.
+        generator: draws the place inside each interval; the result depends on nothing else random.
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = unit.shape[0] * blocks
     places = _stretches(total, count, generator).to(unit.device)
     row, block = places // blocks, places % blocks
-    metrics = pivots[block] * loudness[row][:, None, None]
+    metrics = pivots[block] * row_importance[row][:, None, None]
     return Samples(unit.reshape(-1, blocks, vector)[row, block], metrics)
 
 
@@ -66,11 +68,13 @@ def train_codebook(samples: Samples, entries: int, rounds: int, generator: torch
     return codebook, gather_cells(samples, _assign(features, codebook)[0], entries)
 
 
-def draw_chunks(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, generator: torch.Generator) -> Samples:
-    """At most `count` vectors in whole chunks of 16 as the format cuts them, one chunk from each equal stretch.
+def draw_chunks(
+    unit: Tensor, pivots: Tensor, row_importance: Tensor, count: int, generator: torch.Generator
+) -> Samples:
+    """At most `count` vectors in whole chunks of 16 as the format cuts them, one chunk from each equal interval.
 
     Args:
-        unit, pivots, loudness: as for `draw_samples`, m a multiple of 128.
+        unit, pivots, row_importance: as for `draw_samples`, m a multiple of 128.
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = len(unit) // CHUNK_ROWS * blocks
@@ -78,7 +82,7 @@ def draw_chunks(unit: Tensor, pivots: Tensor, loudness: Tensor, count: int, gene
     chunk, block = places // blocks, places % blocks
     rows = chunk_rows(chunk // ROW_STRIDE, chunk % ROW_STRIDE).flatten()
     block = block.repeat_interleave(CHUNK_ROWS)
-    metrics = pivots[block] * loudness[rows][:, None, None]
+    metrics = pivots[block] * row_importance[rows][:, None, None]
     return Samples(unit.reshape(-1, blocks, vector)[rows, block], metrics)
 
 

@@ -45,9 +45,9 @@ def balanced_token_weights(gradient_norms: Tensor, is_image: Tensor | None, powe
 
 
 def capped_token_weights(token_weights: Tensor, norms: Tensor, quantile: float) -> Tensor:
-    """float32[N] of the same sum: tokens louder than the quantile count in S_i as if they were as loud as it.
+    """float32[N] of the same sum: tokens of a larger norm than the quantile count in S_i as if they had that norm.
 
-    ω_t ← ω_t · min(1, q / ‖x_t‖²): an attention sink, hundreds of times as loud as any other token, else makes most of
+    ω_t ← ω_t · min(1, q / ‖x_t‖²): an attention sink, hundreds of times the norm of any other token, else makes most of
     S_i by itself (mgvq-algorithm 8).
 
     Args:

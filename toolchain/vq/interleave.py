@@ -2,16 +2,17 @@
 few.
 
 A vector spends its bits on its high-energy columns by itself, if every vector has some; and one codebook serves all
-vectors best if position j means the same loudness in each (shared/research/mgvq-algorithm.md 3.6). So columns are
-interleaved like cards:
+vectors best if position j means the same energy in each (mgvq-algorithm 3.6). So columns are
+dealt out like cards:
 
     rank by energy   0 1 2 3 4 5 6 7      V = 2, n/V = 4 vectors
     vectors          (0 4) (1 5) (2 6) (3 7)
 
-Quads take the bands in the order 0 2 1 3, so that each of their halves is a fairly interleaved pair too: one order then
-serves layers of either vector length.
+Quads take the bands in the order 0 2 1 3, so that each of their halves is an interleaved pair too: one permutation
+then serves layers of either vector length.
 
-Loud vectors come first because the sweep visits them in order, and an error can only be fed to columns still to come.
+High-energy vectors come first because the sweep visits them in order, and an error can only be fed to columns still to
+come.
 """
 
 from __future__ import annotations

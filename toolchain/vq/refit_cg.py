@@ -71,8 +71,8 @@ def entry_weights(objective: Objective, indices: Tensor, scales: Tensor, entries
     metrics = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     mass = objective.moment.new_zeros(entries * blocks)
     place = indices.long() * blocks + torch.arange(blocks, device=indices.device)
-    loudness = (objective.counts * scales.square())[:, None]
-    mass.index_add_(0, place.flatten(), loudness.expand(-1, blocks).flatten())
+    row_importance = (objective.counts * scales.square())[:, None]
+    mass.index_add_(0, place.flatten(), row_importance.expand(-1, blocks).flatten())
     return (mass.view(entries, blocks) @ metrics.flatten(1)).view(entries, vector, vector)
 
 

@@ -183,24 +183,24 @@ def worst_modality(losses: Mapping[str, Tensor]) -> Tensor:
     return (stacked / torch.where(means > 0, means, 1.0)).amax(dim=0)
 
 
-def average_modality(losses: Mapping[str, Tensor], masses: Mapping[str, float]) -> Tensor:
-    """float32[...]: Σ_μ α_μ Ω^μ, the expected loss where modality μ has the mass α_μ (equation 2, section 3.4).
+def average_modality(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """float32[...]: Σ_μ α_μ Ω^μ, the expected loss where modality μ has the weight α_μ (equation 2, section 3.4).
 
     Args:
         losses: as for `worst_modality`.
-        masses: modality → α, not negative; divided by their sum.
+        weights: modality → α, not negative; divided by their sum.
 
     Raises:
-        UsageError: masses name other modalities than losses, are negative, or all zero.
+        UsageError: weights name other modalities than losses, are negative, or all zero.
         ShapeError, NumericGateError: as `worst_modality`.
     """
-    if set(masses) != set(losses):
-        raise UsageError(f"masses of {sorted(masses)}: expected one for each of {sorted(losses)}")
-    total = sum(masses.values())
-    if min(masses.values(), default=0.0) < 0 or not total > 0:
-        raise UsageError(f"masses {dict(masses)}: expected numbers of 0 or more with a positive sum")
+    if set(weights) != set(losses):
+        raise UsageError(f"weights of {sorted(weights)}: expected one for each of {sorted(losses)}")
+    total = sum(weights.values())
+    if min(weights.values(), default=0.0) < 0 or not total > 0:
+        raise UsageError(f"weights {dict(weights)}: expected numbers of 0 or more with a positive sum")
     stacked = _stacked(losses)
-    alpha = torch.tensor([masses[name] / total for name in losses], dtype=stacked.dtype, device=stacked.device)
+    alpha = torch.tensor([weights[name] / total for name in losses], dtype=stacked.dtype, device=stacked.device)
     return torch.tensordot(alpha, stacked, dims=1)
 
 

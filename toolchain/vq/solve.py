@@ -69,9 +69,9 @@ def draw_problem(
         scales: float32[m], by which rows are divided.
     """
     unit = problem.weight / safe_divisor(scales)[:, None]
-    loudness = problem.row_weights * scales.square()
+    row_importance = problem.row_weights * scales.square()
     draw = draw_chunks if code.window > code.shift else draw_samples
-    return draw(unit, pivots, loudness, count, generator)
+    return draw(unit, pivots, row_importance, count, generator)
 
 
 def train_samples(samples: Samples, code: VQCode, rounds: int, generator: torch.Generator) -> tuple[Tensor, Cells]:

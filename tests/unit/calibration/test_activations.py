@@ -202,7 +202,7 @@ def test_a_layer_that_no_input_reaches_is_refused(case):
 
 
 def test_capped_surveys_count_a_sink_as_its_neighbours(case):
-    """One token made a thousand times as loud weighs on token weights and energies like the highest-energy ordinary
+    """One token of a thousand times the norm weighs on token weights and energies like the highest-energy ordinary
     token.
     """
     name = case.spec("layers.1.self_attn.v_proj").name

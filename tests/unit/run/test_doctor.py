@@ -160,7 +160,7 @@ def kernels(monkeypatch, tmp_path):
     [
         (None, [], "ok", "not built"),
         (None, [(9, 0)], "warn", "not built"),
-        ("80 90", [(9, 0)], "ok", "ABI 2, architectures 80 90"),
+        ("80 90", [(9, 0)], "ok", "ABI 3, architectures 80 90"),
         ("80 90", [], "ok", "architectures 80 90"),
         ("80 90", [(9, 0), (12, 0)], "fail", "none for sm_120"),
     ],

@@ -83,8 +83,8 @@ class TestKroneckerFit:
         """float32[B, 6, 8]: Kronecker noise, some sequences louder than others."""
         generator = torch.Generator().manual_seed(0)
         left, right = (torch.linalg.cholesky(definite(size, 1.5, generator)) for size in (6, 8))
-        loudness = torch.exp(0.5 * torch.randn(count, generator=generator))[:, None, None]
-        return loudness * (left @ torch.randn(count, 6, 8, generator=generator) @ right.T)
+        row_importance = torch.exp(0.5 * torch.randn(count, generator=generator))[:, None, None]
+        return row_importance * (left @ torch.randn(count, 6, 8, generator=generator) @ right.T)
 
     def fit(self, rows: Tensor, columns: Tensor) -> tuple[float, float, float]:
         """(our scale, that of the projection of the dense Fisher, relative misfit at our scale)."""

@@ -1,4 +1,4 @@
-"""A rotation keeps lengths and losses, spreads what is loud, and undoes itself."""
+"""A rotation keeps lengths and losses, spreads what stands out, and undoes itself."""
 
 from __future__ import annotations
 

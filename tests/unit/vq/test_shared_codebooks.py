@@ -1,5 +1,5 @@
-"""One codebook for many groups: drawn in each one's own metric, none drowned by a loud one, better than any one's
-own.
+"""One codebook for many groups: drawn in each one's own metric, none drowned by one of large inputs, better than any
+one's own.
 """
 
 from __future__ import annotations

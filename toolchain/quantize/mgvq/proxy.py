@@ -69,7 +69,7 @@ def proxy_segments(
 
 def row_weights_of(spec: LayerSpec, weight: Tensor) -> Tensor:
     """float32[m]: what an error in each row counts. An embedding's rows are normalised after they are read: what
-    counts is the error relative to the row, and a rare token's loud row must not take the bits of a common one's.
+    counts is the error relative to the row, and the large row of a rare token must not take the bits of a common one's.
     """
     if spec.kind != "embedding":
         return torch.ones(len(weight), device=weight.device)

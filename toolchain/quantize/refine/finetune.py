@@ -109,7 +109,7 @@ def fine_tune(
         teacher: what it was quantized from; asked once about every input.
         inputs: on the model's device.
         save: called every `save_every` steps with a state for `resume`: tensors, numbers, text, lists and
-            dicts, which `tune_state.packed` takes.
+            dicts, which `finetune_state.packed` takes.
 
     Raises:
         InputDataError: no inputs.

@@ -39,7 +39,7 @@ def unit_widths(columns: int) -> list[int]:
 
 
 def energy_spread(energies: Sequence[float]) -> float:
-    """How many times as loud a column of the highest-energy unit is as one of the quietest, from energies in falling
+    """How many times the energy of a column in the lowest unit one in the highest has, from energies in falling
     order.
     """
     means, first = [], 0

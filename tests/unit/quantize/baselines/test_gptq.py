@@ -46,7 +46,7 @@ def test_weights_are_levels_of_their_row(code):
     weight, moment = random_layer(130, 24)
     layer = run(gptq, [weight], moment, VQCode.parse(code)).layers[0]
     levels = rtn.level_count(VQCode.parse(code))
-    assert torch.equal(layer.table, rtn.level_codebook(VQCode.parse(code)))
+    assert torch.equal(layer.codebook, rtn.level_codebook(VQCode.parse(code)))
     numbers = layer.decode() / layer.scales.float()[:, None]
     assert set(numbers.round().flatten().tolist()) <= set(range(1 - levels, levels, 2))
 

@@ -14,7 +14,7 @@ from toolchain.vq.weights import Options
 def test_every_vector_has_its_nearest_entry():
     weight, moment = random_layer(16, 16)
     layer = nearest.quantize_group([weight], moment, CODES["2,6,6"], Options(), torch.Generator()).layers[0]
-    entries = layer.table.float() * layer.scales.float()[:, None, None]  # [rows, 64, 2]
+    entries = layer.codebook.float() * layer.scales.float()[:, None, None]  # [rows, 64, 2]
     vectors = weight.reshape(16, 8, 1, 2)
     best = (vectors - entries[:, None]).square().sum(dim=-1).min(dim=-1).values.sum()
     found = (weight - layer.decode()).square().sum()

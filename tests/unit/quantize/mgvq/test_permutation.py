@@ -31,7 +31,7 @@ DOWN = "mlp.down_proj"
 
 
 class Case:
-    """A tiny model whose decoder has loud and quiet hidden channels, interleaved; energies before and after."""
+    """A tiny model whose decoder has hidden channels of high and low energy, interleaved; energies before and after."""
 
     def __init__(self, folder, manifest) -> None:
         self.config = read_config(folder)
