@@ -214,7 +214,7 @@ class Case:
         return torch.matmul(self.x, ops.dequantize([codes], [self.table], [self.scales], formats, self.rows).T)
 
     def timed(self, timing: Timing, copies: int, dense_copies: int, rounds: int) -> Timed:
-        """CheckedRun, then everybody in turn, each over that many copies of its weight: four times the cache together,
+        """Checked, then everybody in turn, each over that many copies of its weight: four times the cache together,
         or one.
         """
         codes = self.codes(copies)

@@ -44,7 +44,7 @@ def quantize(
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Time quantization of a published decoder's layers, with random weights. No checkpoint is needed."""
+    """Time quantization at the layer shapes of a published model, with random weights. Needs no checkpoint."""
     from toolchain.bench.parts import PARTS
     from toolchain.bench.quantize import Request, bench_quantize
     from toolchain.files.folders import check_output, staged_folder, write_json
@@ -95,7 +95,7 @@ def kernels(
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Time the CUDA kernels against float16 of the dense library, caches cold. Needs a CUDA device and the library."""
+    """Time the CUDA kernels against cuBLAS in float16, with cold caches. Needs a CUDA device and the library."""
     from toolchain.bench.kernel_gates import unmet
     from toolchain.bench.kernels import KernelRequest, bench_kernels
     from toolchain.errors import NumericGateError

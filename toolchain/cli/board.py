@@ -51,13 +51,13 @@ AnsweringOption = Annotated[
     Answering, typer.Option("--backend", help="ort (onnxruntime, anywhere), or engines that mgvq build made.")
 ]
 ImageOption = Annotated[
-    list[Path] | None, typer.Option("--image", help="An image the question is about; may be given more than once.")
+    list[Path] | None, typer.Option("--image", help="Image that the question is about. Repeatable.")
 ]
-TemperatureOption = Annotated[float, typer.Option(help="0 takes the most probable token; above, tokens are drawn.")]
-TopKOption = Annotated[int, typer.Option(help="Draw from this many of the most probable tokens; 0 for all.")]
-TopPOption = Annotated[float, typer.Option(help="Draw from the fewest tokens that have this share together.")]
-SeedOption = Annotated[int, typer.Option(help="Equal seeds draw equal tokens.")]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")]
+TopKOption = Annotated[int, typer.Option(help="Sample from the K most probable tokens; 0 for all.")]
+TopPOption = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this total probability.")]
+SeedOption = Annotated[int, typer.Option(help="Random seed of sampling.")]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer.")]
 
 
 def build(
@@ -73,20 +73,21 @@ def build(
         bool | None,
         typer.Option(
             "--dense/--no-dense",
-            help="Build dense twins too, to compare sizes; tensorrt_rtx only, on by default where onnx is installed.",
+            help="Also build dense variants to compare sizes; tensorrt_rtx only. Default: on where onnx is there.",
         ),
     ] = None,
     plugin: Annotated[
-        Path | None, typer.Option(help="The plugin library, for tensorrt; the bundle's, or compiled here, if left out.")
+        Path | None, typer.Option(help="Plugin library for tensorrt. Default: the bundle's, else compiled here.")
     ] = None,
     level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="The builder's optimization level; lower takes less memory.")
+        int | None, typer.Option(min=0, max=5, help="Optimization level of the builder; lower needs less memory.")
     ] = None,
     ignore_memory: Annotated[
-        bool, typer.Option("--ignore-memory", help="Build although the memory plan says that it will not fit.")
+        bool, typer.Option("--ignore-memory", help="Build even if the memory plan says that it does not fit.")
     ] = False,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Keep a board's engines without comparing them with the model's answers.")
+        bool,
+        typer.Option("--no-check", help="Keep engines without comparing them with the stored answers of the model."),
     ] = False,
     host: HostOption = None,
     python: PythonOption = None,
@@ -94,7 +95,11 @@ def build(
     ssh_config: SshConfigOption = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Build engines from a bundle's graphs. Exit 6 when this is not the board or the builder is not here."""
+    """Build TensorRT engines from a bundle, here or on a board over ssh.
+
+    Exit code 6 if this is not the board the bundle is for, or its builder is not installed. Example, on a workstation:
+    mgvq build BUNDLE --host user@board -o ENGINES
+    """
     from toolchain.bundle.manifest import open_bundle
     from toolchain.device.engines.build import BuildOptions, build_engines, check_arguments
     from toolchain.device.runtime.loaded_engines import read_build
@@ -196,11 +201,11 @@ def run(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it appears.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is generated.")] = False,
     provider: ProviderOption = Provider.cpu,
     form: FormatOption = Format.text,
 ) -> None:
-    """Answer one question about images, with a bundle's portable graphs in onnxruntime or with built engines."""
+    """Answer one question about images, from a bundle in onnxruntime or from built engines."""
     if stream and form is Format.json:
         raise UsageError("--stream has no effect with --format json; leave one of them out")
     sampler = _sampler(temperature, top_k, top_p, seed)
@@ -224,12 +229,15 @@ def chat(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Print answers as they appear; on unless --format json.")
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream", help="Print answers as they are generated. Default: on, unless --format json."
+        ),
     ] = None,
     provider: ProviderOption = Provider.cpu,
     form: FormatOption = Format.text,
 ) -> None:
-    """Hold a conversation: a line is a question; /image PATH adds an image to the next one, /reset, /help, /exit."""
+    """Chat about images. A line is a question; /image PATH adds an image to the next one; also /reset, /help, /exit."""
     if stream is not None and form is Format.json:
         raise UsageError(f"--{'' if stream else 'no-'}stream has no effect with --format json; leave one of them out")
     sampler = _sampler(temperature, top_k, top_p, seed)

@@ -27,28 +27,37 @@ class Provider(str, Enum):
     cuda = "cuda"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Format of the result on stdout.")]
 ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Folder of a transformers checkpoint.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")]
 CalibOption = Annotated[
-    Path, typer.Option("--calib", help='Manifest, one {"image", "prompt"[, "answer"]} a line, paths relative to it.')
+    Path,
+    typer.Option(
+        "--calib",
+        help='Calibration data (.jsonl): one {"image", "prompt"[, "answer"]} a line, paths relative to the file.',
+    ),
 ]
 TargetOption = Annotated[str, typer.Option("--target", help="Board to plan for; see mgvq targets.")]
 BITS_HELP = (
-    f"Index bits averaged over the quantized weights, {LOWEST_BITS:g} to {HIGHEST_BITS:g} (methods of plain codes: "
-    f"from {LOWEST_PLAIN_BITS:g}); {DEFAULT_BITS:g} if neither this nor --budget is given."
+    f"Average index bits of the quantized weights, {LOWEST_BITS:g} to {HIGHEST_BITS:g}; methods with plain codes start "
+    f"at {LOWEST_PLAIN_BITS:g}. Default: {DEFAULT_BITS:g}, unless --budget is given."
 )
 BitsOption = Annotated[float | None, typer.Option("--bits", min=LOWEST_BITS, max=HIGHEST_BITS, help=BITS_HELP)]
 BudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", help="Most bytes of all weights, such as 3GiB: spent on bits, or with --bits a limit."),
+    typer.Option(
+        "--budget",
+        help="Size limit of all weights, such as 3GiB. Alone it chooses the bits; with --bits it is a check.",
+    ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Random seed.")]
 AnswerTokensOption = Annotated[
     int,
-    typer.Option(min=0, help="Most tokens of the model's own answers to calibration lines without one; 0 for none."),
+    typer.Option(
+        min=0, help="Maximum tokens of the model's own answers to calibration lines without one; 0 for no answers."
+    ),
 ]
-ProviderOption = Annotated[Provider, typer.Option("--provider", help="onnxruntime's execution provider.")]
+ProviderOption = Annotated[Provider, typer.Option("--provider", help="Execution provider of onnxruntime.")]
 EnginesOption = Annotated[
     Path | None, typer.Option("--engines", help="Folder that mgvq build wrote, for tensorrt and tensorrt_rtx.")
 ]

@@ -31,23 +31,25 @@ LAYER_COLUMNS = ["part", "layer", "code", "text", "image", "both"]
 def compare(
     model: ModelOption,
     calib: CalibOption,
-    data: Annotated[Path, typer.Option(help="Evaluation manifest; every line has an answer.")],
-    methods: Annotated[str, typer.Option(help="Names with commas between.")] = "rtn,gptq,gptvq,vptq,mgvq",
-    bits: Annotated[str, typer.Option(help="Index bits averaged over the quantized weights, or 2.0,2.5,3.0.")] = "2.0",
-    samples: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N lines; all when absent.")] = None,
+    data: Annotated[Path, typer.Option(help="Evaluation data (.jsonl) with an answer on every line.")],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "rtn,gptq,gptvq,vptq,mgvq",
+    bits: Annotated[
+        str, typer.Option(help="Average index bits of the quantized weights; several separated by commas.")
+    ] = "2.0",
+    samples: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N lines. Default: all.")] = None,
     seeds: Annotated[
-        str, typer.Option("--seeds", "--seed", help="Seed of everything random, or 0,1,2 to average over several.")
+        str, typer.Option("--seeds", "--seed", help="Random seed; several separated by commas are averaged.")
     ] = "0",
     against: Annotated[
-        str | None, typer.Option(help="Method to divide every KL by; the first of ours when absent.")
+        str | None, typer.Option(help="Method whose KL the others are divided by. Default: the first mgvq.")
     ] = None,
     answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for compare.json and compare.svg; must be new.")
+        Path | None, typer.Option("--output", "-o", help="New folder for compare.json and compare.svg.")
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Quantize a checkpoint by several methods; KL to full precision, accuracy and real bits in one table."""
+    """Compare quantization methods at equal bits: KL to full precision, accuracy and real bits in one table."""
     from toolchain.calibration.manifest import read_manifest
     from toolchain.evaluate.compare import CompareSettings, check_methods, compare_methods
     from toolchain.files.folders import check_output, staged_folder
@@ -129,18 +131,23 @@ def layer_text(layers: list[dict[str, Any]]) -> str:
 
 def evaluate(
     model: ModelOption,
-    data: Annotated[Path, typer.Option(help="Manifest whose lines have answers.")],
-    calib: Annotated[Path | None, typer.Option(help="Calibration manifest; refused when it shares an image.")] = None,
+    data: Annotated[Path, typer.Option(help="Evaluation data (.jsonl) with an answer on every line.")],
+    calib: Annotated[
+        Path | None, typer.Option(help="Calibration data; refused if it shares an image with --data.")
+    ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Checkpoint to measure KL divergence from, the full-precision one as a rule.")
+        Path | None, typer.Option(help="Checkpoint to measure KL divergence from, usually the float one.")
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="What every quantized layer loses too, from --reference, by modality.")
+        bool,
+        typer.Option(
+            "--layers", help="Also measure the output error of every quantized layer, by modality; needs --reference."
+        ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer.")] = 64,
     form: FormatOption = Format.text,
 ) -> None:
-    """Exact-answer accuracy of a checkpoint, quantized or not, on a manifest; with --reference, KL divergence too."""
+    """Measure exact-answer accuracy of a checkpoint, quantized or not, and with --reference its KL divergence."""
     from toolchain.calibration.manifest import read_manifest
     from toolchain.checkpoint.loading import load_any
     from toolchain.checkpoint.modules import keep_decoded

@@ -23,7 +23,7 @@ from toolchain.errors import BudgetError, EnvironmentMismatch, InputDataError
 
 
 def targets(form: FormatOption = Format.text) -> None:
-    """List the boards that can be planned and bundled for."""
+    """List the boards that models can be planned and bundled for."""
     from toolchain.plan.target import list_targets, load_target
 
     found = [load_target(name) for name in list_targets()]
@@ -42,16 +42,16 @@ def targets(form: FormatOption = Format.text) -> None:
 
 
 def models(form: FormatOption = Format.text) -> None:
-    """List the model families that are supported."""
+    """List the supported model families."""
     from toolchain.models.registry import FAMILIES
 
     rows = [{"family": f.name, "model_type": ", ".join(f.model_types)} for f in FAMILIES]
     emit({"models": rows}, table(rows, ["family", "model_type"]), form)
 
 
-def doctor(target: Annotated[str | None, typer.Option(help="Check against this board's software too.")] = None,
+def doctor(target: Annotated[str | None, typer.Option(help="Also check the software releases of this board.")] = None,
            form: FormatOption = Format.text) -> None:  # fmt: skip
-    """Say what is missing or at odds on this machine, and the command that mends it. Exit 6 when something is."""
+    """Check this machine: packages, GPU, kernels, compiler, memory, JetPack. Exit code 6 if a check fails."""
     from toolchain.plan.target import load_target
     from toolchain.run.doctor import diagnose
 
@@ -68,16 +68,19 @@ def plan(
     target: TargetOption = "orin-nano-8gb",
     bits: BitsOption = None,
     budget: BudgetOption = None,
-    method: Annotated[str, typer.Option(help="Method whose codes are planned for; see mgvq quantize.")] = "mgvq",
+    method: Annotated[str, typer.Option(help="Quantization method; see mgvq quantize.")] = "mgvq",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of context; the target's default if absent.")
+        int | None, typer.Option(min=1, help="Context length in tokens. Default: that of the target.")
     ] = None,
     image: Annotated[
-        str | None, typer.Option(help="Largest image, WIDTHxHEIGHT; the target's limit if absent.")
+        str | None, typer.Option(help="Largest image, WIDTHxHEIGHT. Default: the limit of the target.")
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Say whether a model fits a board before anything is built, and what to turn down if not. Exit 5 when not."""
+    """Check whether a model fits a board, from config.json alone: memory, latency, and what to reduce.
+
+    Exit code 5 if it does not fit. Example: mgvq plan -m MODEL --target orin-nano-8gb --image 1280x720
+    """
     from toolchain.plan.target import load_target
     from toolchain.quantize.methods import stored_method
     from toolchain.run.planning import parse_image, plan_model
@@ -98,7 +101,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A run folder, a bundle, or a quantized checkpoint.")],
     form: FormatOption = Format.text,
 ) -> None:
-    """Show what a folder of mgvq holds: bits and bytes per part, stages, hashes checked."""
+    """Show the content of a run, bundle or quantized checkpoint: bits and bytes by part, stages; hashes are checked."""
     from toolchain.run.inspection import inspect_folder
 
     if not path.is_dir():

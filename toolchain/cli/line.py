@@ -36,28 +36,28 @@ class Resume(str, Enum):
     never = "never"
 
 
-ResumeOption = Annotated[Resume, typer.Option(help="Continue a run found in the output folder.")]
+ResumeOption = Annotated[Resume, typer.Option(help="Whether to resume a run found in the output folder.")]
 RunArgument = Annotated[Path, typer.Argument(help="A finished run folder.")]
 RunOption = Annotated[Path, typer.Option("--output", "-o", help="Run folder.")]
 
 
 def all_stages(
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a transformers checkpoint.")] = None,
-    calib: Annotated[Path | None, typer.Option(help="Calibration manifest (.jsonl).")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Calibration data (.jsonl).")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Evaluation manifest with answers; accuracy is measured if given.")
+        Path | None, typer.Option(help="Evaluation data (.jsonl) with answers; enables the accuracy stage.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")] = None,
     target: Annotated[str | None, typer.Option(help="Board to plan for; see mgvq targets.")] = None,
     bits: Annotated[float | None, typer.Option(help=BITS_HELP)] = None,
     budget: BudgetOption = None,
-    provider: Annotated[Provider | None, typer.Option(help="onnxruntime's execution provider.")] = None,
+    provider: Annotated[Provider | None, typer.Option(help="Execution provider of onnxruntime.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in JSON or TOML; flags win over it.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as quantize.seed=1.")] = None,
     resume: ResumeOption = Resume.auto,
     form: FormatOption = Format.text,
 ) -> None:
-    """Run the whole line: plan, quantize, evaluate, export, rewrite, validate, bundle, report."""
+    """Run the whole line: plan, quantize, evaluate, export, rewrite, validate, bundle, report. Repeat it to resume."""
     from toolchain.run.settings import resolve
 
     flags: dict[str, Any] = {"model": model, "calib": calib, "data": data, "output": output, "target": target}
@@ -81,7 +81,7 @@ def demo(
     resume: ResumeOption = Resume.auto,
     form: FormatOption = Format.text,
 ) -> None:
-    """Run the whole line on the built-in model and images, with round-to-nearest beside it. No network."""
+    """Run the whole line on the built-in model and images, with round-to-nearest for comparison. Needs no network."""
     from toolchain import demo as builtin
     from toolchain.run.settings import resolve
 
@@ -138,7 +138,7 @@ def bundle(
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Write the bundle of a finished run to another place."""
+    """Write the bundle of a finished run to another folder, with plugin libraries if any are given."""
     from toolchain.run.line import bundle_from_run
 
     written = bundle_from_run(run, output, dict(map(_library, library or [])))

@@ -44,13 +44,11 @@ def profile(
     output: OutputOption,
     backend: Annotated[ProfileBackendName, typer.Option(help="What runs it.")] = ProfileBackendName.ort,
     engines: EnginesOption = None,
-    image: Annotated[
-        Path | None, typer.Option(help="The image; noise of the planned size when absent (content changes no time).")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to ask about. Default: noise of the planned size.")] = None,
     prompt: Annotated[str, typer.Option(help="The question.")] = DEFAULT_PROMPT,
-    repeats: Annotated[int, typer.Option(min=1, help="Answers that count.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Answers before them that do not.")] = 2,
-    tokens: Annotated[int, typer.Option(min=2, help="New tokens an answer; stop tokens do not end it.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measured answers.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Number of unmeasured answers before them.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per answer; stop tokens do not end it.")] = 32,
     provider: ProviderOption = Provider.cpu,
     host: HostOption = None,
     python: PythonOption = None,
@@ -58,7 +56,7 @@ def profile(
     ssh_config: SshConfigOption = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Measure each phase of an answer, and where in the model its time goes: profile.json and profile.html."""
+    """Measure the latency of each phase of an answer, by module: profile.json and profile.html."""
     from toolchain.device.profile.measure import Settings
     from toolchain.files.folders import check_output, read_json
 

@@ -47,18 +47,26 @@ def quantize(
     budget: BudgetOption = None,
     method: Annotated[
         str,
-        typer.Option(help="mgvq (-part takes a part out, +part in, +codebooks=CHOICE), or gptq, gptvq, nearest, rtn."),
+        typer.Option(help="mgvq (-PART, +PART and +codebooks=CHOICE change its recipe), gptq, gptvq, nearest or rtn."),
     ] = "mgvq",
-    code: Annotated[list[str] | None, typer.Option(help="PATTERN=V,k,L for layers by name; last match wins.")] = None,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(help="Code of the layers whose names match: PATTERN=V,k,L. Repeatable; the last match wins."),
+    ] = None,
     seed: SeedOption = 0,
     answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     resume: Annotated[
         str,
-        typer.Option(help="auto: go on where a killed run of these settings was; required: only that; never: anew."),
+        typer.Option(
+            help="auto: resume a stopped run of these settings, if any; required: only resume; never: start again."
+        ),
     ] = "auto",
     form: FormatOption = Format.text,
 ) -> None:
-    """Quantize a checkpoint into a folder that from_pretrained loads after `import toolchain.checkpoint.hf`."""
+    """Quantize a checkpoint. The result loads in transformers after `import toolchain.checkpoint.hf`.
+
+    Example: mgvq quantize -m MODEL --calib calib.jsonl -o runs/q --bits 2.0
+    """
     from toolchain.calibration.manifest import read_manifest
     from toolchain.files.folders import check_output
     from toolchain.models.configs import read_config
@@ -108,7 +116,7 @@ def _limits(
 
 
 def export(model: ModelOption, output: OutputOption, form: FormatOption = Format.text) -> None:
-    """Export a checkpoint, quantized or not, to vision, embed and decoder reference graphs."""
+    """Export a checkpoint, quantized or not, to ONNX: vision, embed and decoder reference graphs."""
     from toolchain.checkpoint.loading import load_any
     from toolchain.files.folders import staged_folder
     from toolchain.graph.export import reference_graphs_from_model
@@ -123,8 +131,8 @@ def export(model: ModelOption, output: OutputOption, form: FormatOption = Format
 
 
 INT8_HELP = (
-    "Let engines round the inputs of linears with codes 4,k,L to int8 where that is faster. It changes answers, and "
-    "validate does not see it."
+    "Allow engines to round inputs of linears with codes 4,k,L to int8 where that is faster. This changes answers, and "
+    "mgvq validate does not cover it."
 )
 
 
@@ -134,28 +142,37 @@ def rewrite(
         Path | None, typer.Argument(help="Folder of reference graphs, as mgvq export writes it.", show_default=False)
     ] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="An ONNX file from elsewhere: quantized here, then rewritten.")
+        Path | None, typer.Option(help="A third-party ONNX file: its weights are quantized here, then it is rewritten.")
     ] = None,
     inputs: Annotated[
-        list[Path] | None, typer.Option(help="With --onnx: .npz with one run's inputs, for second moments. Repeatable.")
+        list[Path] | None,
+        typer.Option(help="With --onnx: .npz with the inputs of one run, for second moments. Repeatable."),
     ] = None,
     code: Annotated[
-        list[str] | None, typer.Option(help="With --onnx: PATTERN=V,k,L for layers by name; last match wins.")
+        list[str] | None,
+        typer.Option(
+            help="With --onnx: code of the layers whose names match, PATTERN=V,k,L. Repeatable; the last match wins."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="With --onnx: seed of the tables' training; 0 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --onnx: seed of codebook training. Default: 0.")] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="With GRAPHS: checkpoint whose largest image sets tiles.")
+        Path | None,
+        typer.Option(
+            "--model", "-m", help="With GRAPHS: checkpoint whose largest image sets the size of attention tiles."
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Board whose largest block of memory bounds every weight; see mgvq targets.")
+        str | None, typer.Option(help="Board whose largest memory block no weight may exceed; see mgvq targets.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Matrix work of the device form: mixed (float16) or float32.")
+        str, typer.Option(help="Precision of matrix products in the device form: mixed (float16) or float32.")
     ] = "mixed",
     int8_activations: Annotated[bool, typer.Option("--int8-activations", help=INT8_HELP)] = False,
     form: FormatOption = Format.text,
 ) -> None:
-    """Rewrite graphs to the device form (plugin nodes, weights outside) and the portable form."""
+    """Rewrite reference graphs, or a third-party ONNX file, to the device form (plugin nodes, weights in a sidecar)
+    and the portable form (standard operators).
+    """
     from toolchain.files.folders import check_output, staged_folder
 
     if (graphs is None) == (onnx is None):
@@ -243,12 +260,12 @@ def validate(
     device: Annotated[Path, typer.Option(help="Folder of device graphs.")],
     calib: CalibOption,
     output: OutputOption,
-    steps: Annotated[int, typer.Option(min=1, help="Greedy decode steps to compare.")] = 4,
-    samples: Annotated[int, typer.Option(min=2, help="Manifest lines to compare on.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Number of greedy decode steps to compare.")] = 4,
+    samples: Annotated[int, typer.Option(min=2, help="Number of manifest lines to compare on.")] = 3,
     provider: ProviderOption = Provider.cpu,
     form: FormatOption = Format.text,
 ) -> None:
-    """Compare torch, reference graphs and device graphs at every tap. Exit 4 names the first that is off."""
+    """Compare torch, reference graphs and device graphs at every tap. Exit code 4 names the first beyond its budget."""
     from toolchain.calibration.manifest import read_manifest
     from toolchain.files.folders import staged_folder
     from toolchain.graph.validate import validate_line

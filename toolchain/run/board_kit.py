@@ -28,6 +28,7 @@ from toolchain.native.build import SOURCE_FOLDERS
 from toolchain.run.board_readme import instructions
 from toolchain.values import BitPlan
 
+TRAINING_LOG = "training_log.jsonl"  # pyproject.toml leaves it out of the wheel, too
 PACKAGE = Path(toolchain.__file__).resolve().parent
 # What the package imports on a board; lower bounds are the wheel's own.
 BOARD_REQUIREMENTS = ("numpy", "pillow", "tokenizers", "safetensors", "jinja2", "typer", "rich", "pydantic")
@@ -110,8 +111,7 @@ def board_requirements(target: Mapping[str, Any]) -> str:
 def write_wheel(folder: Path) -> Path:
     """This package as a wheel in `folder`, the same bytes for the same sources; it installs with `pip install`.
 
-    QuantizedModel from what is imported, so that a checkout and an installation give the same thing without a build
-    tool.
+    Made from what is imported, so that a checkout and an installation give the same thing without a build tool.
     """
     package = metadata.distribution(DISTRIBUTION)
     info = f"{DISTRIBUTION}-{package.version}.dist-info"
@@ -138,11 +138,12 @@ def write_wheel(folder: Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder but Python's caches and hidden ones, sorted."""
+    """All files below a folder but Python's caches, hidden ones and the demo's training log, sorted."""
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+        and path.name != TRAINING_LOG
         and not any(part.startswith(".") or part in ("__pycache__", "_lib") for part in path.relative_to(folder).parts)
     ]
 

@@ -81,7 +81,7 @@ def _mib(size: int) -> str:
 _TEXT = """\
 # A vision-language model for {title}
 
-QuantizedModel by mgvq. Every file here is listed with its hash in manifest.json; the commands below check them and
+Made by mgvq. Every file here is listed with its hash in manifest.json; the commands below check them and
 change nothing here. Do not add files to this folder.
 
 | here | what it is |

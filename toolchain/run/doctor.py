@@ -152,7 +152,7 @@ def _tensorrt_rtx_check() -> Check:
 
 
 def _gpu_check(root: Path) -> Check:
-    expected = "optional: quantizes real models in minutes; tiny ones need none"
+    expected = "optional: runs quantized models and mgvq bench; no verb quantizes on it yet"
     if installed("torch") is None:
         present = (root / "dev/nvidiactl").exists() or (root / "dev/nvhost-gpu").exists()
         return Check("gpu", "an NVIDIA device" if present else "none", expected, "ok")
