@@ -27,38 +27,42 @@ from tiny_architecture import TINY_TEXT, tiny_config
 from toolchain.demo import architecture, task
 
 ROOT = Path(__file__).parents[1]
-# Fixture → the group of tests that share a process for it, the dearest first.
-SHARED = {"reader": "demo", "line": "tiny lines", "emulated_kernels": "emulated kernels"}
-# Files that take longest come before the others.
-LONG = (
-    "quantize/test_line.py",
-    "quantize/test_resume.py",
-    "quantize/test_codebook_choices.py",
-    "refine/test_rounds.py",
+# Files that need the same dear fixture, from where they lie under tests/, the dearest first: each row is run by one
+# process, and rows before other files.
+TOGETHER = (
+    ("test_readme.py", "pipeline/test_demo_engines.py", "pipeline/test_remote_line.py"),  # `mgvq demo`: `reader`
+    ("unit/quantize/test_line.py",),
+    ("pipeline/",),
+    ("unit/quantize/test_resume.py",),
+    ("unit/quantize/test_codebook_choices.py",),
+    ("unit/quantize/refine/test_rounds.py",),
+    ("unit/native/",),  # the kernels compiled for the emulator: `emulated_kernels`
 )
 LONG_SECONDS = 20
 
 
-@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
+def _row(nodeid: str) -> int:
+    """Number of the first row of `TOGETHER` that names the test's file, or the number of rows."""
+    path = nodeid.split("::")[0].removeprefix("tests/")
+    return next((number for number, row in enumerate(TOGETHER) if path.startswith(row)), len(TOGETHER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A scheduler that gives a row of `TOGETHER`, or else a file, to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            row = _row(nodeid)
+            return " ".join(TOGETHER[row]) if row < len(TOGETHER) else nodeid.split("::")[0]
+
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test in the group of the dearest fixture that its file shares, or of its file; long groups first."""
-    groups: dict[str, str] = {}
-    for item in items:
-        shared = next((SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())), None)
-        if shared and list(SHARED.values()).index(shared) < _rank(groups.get(str(item.path))):
-            groups[str(item.path)] = shared
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups.get(str(item.path), str(item.path))))
-
-    def place(item: pytest.Item) -> tuple[int, int]:
-        lengths = [number for number, name in enumerate(LONG) if str(item.path).endswith(name)]
-        return _rank(groups.get(str(item.path))), lengths[0] if lengths else len(LONG)
-
-    items.sort(key=place)
-
-
-def _rank(group: str | None) -> int:
-    return list(SHARED.values()).index(group) if group else len(SHARED)
+    """The rows of `TOGETHER` first."""
+    items.sort(key=lambda item: _row(item.nodeid))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
