@@ -182,10 +182,10 @@ def rewrite(
     options = _rewrite_options(model, target, precision, int8_activations)
     check_output(output)
     with staged_folder(output) as folder:
-        foreign = _quantize_foreign(onnx, folder, inputs or [], code or [], seed or 0) if onnx else None
+        third_party = _quantize_third_party(onnx, folder, inputs or [], code or [], seed or 0) if onnx else None
         data = _rewrite_into(graphs or folder / "reference", folder, options)
-    if foreign is not None:
-        data["foreign"] = foreign
+    if third_party is not None:
+        data["third_party"] = third_party
     emit(data, _rewrite_text(data), form)
 
 
@@ -216,13 +216,17 @@ def _rewrite_options(model: Path | None, target: str | None, precision: str, int
     )
 
 
-def _quantize_foreign(source: Path, folder: Path, inputs: list[Path], codes: list[str], seed: int) -> dict[str, Any]:
+def _quantize_third_party(
+    source: Path, folder: Path, inputs: list[Path], codes: list[str], seed: int
+) -> dict[str, Any]:
     from toolchain.files.folders import write_json
-    from toolchain.graph.third_party import quantized_foreign
+    from toolchain.graph.third_party import quantize_third_party
 
     (folder / "reference").mkdir()
-    report = quantized_foreign(source, folder / "reference" / source.name, inputs, parse_codes(codes), seed).to_json()
-    write_json(folder / "foreign.json", report)
+    report = quantize_third_party(
+        source, folder / "reference" / source.name, inputs, parse_codes(codes), seed
+    ).to_json()
+    write_json(folder / "third_party.json", report)
     return report
 
 
@@ -242,14 +246,14 @@ def _rewrite_text(data: dict[str, Any]) -> str:
         for g in data["graphs"]
     ]
     lines = [table(rows, ["graph", "nodes", "VQ nodes"]), f"weights outside: {size(data['sidecar']['bytes'])}"]
-    if foreign := data.get("foreign"):
+    if third_party := data.get("third_party"):
         layers = [
             {"layer": x["name"], "code": x["code"], "relative error": f"{x['relative_error']:.4f}"}
-            for x in foreign["layers"]
+            for x in third_party["layers"]
         ]
         lines.append(table(layers, ["layer", "code", "relative error"]))
-        lines += [f"left as it is: {x['where']}: {x['reason']}" for x in foreign["refused"]]
-        lines += [f"output {name}: relative error {error:.4f}" for name, error in foreign["output_errors"].items()]
+        lines += [f"left as it is: {x['where']}: {x['reason']}" for x in third_party["refused"]]
+        lines += [f"output {name}: relative error {error:.4f}" for name, error in third_party["output_errors"].items()]
     return "\n".join(lines)
 
 

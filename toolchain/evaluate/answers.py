@@ -83,10 +83,10 @@ def refuse_overlap(calibration: Sequence[Sample], evaluation: Sequence[Sample]) 
     """
     seen = {sha256_file(s.image): s.image for s in calibration}
     for sample in evaluation:
-        twin = seen.get(sha256_file(sample.image))
-        if twin is not None:
+        same = seen.get(sha256_file(sample.image))
+        if same is not None:
             raise InputDataError(
-                f"evaluation image {sample.image} has the same bytes as calibration image {twin}; scores would be "
+                f"evaluation image {sample.image} has the same bytes as calibration image {same}; scores would be "
                 "flattered, remove it from one of the manifests"
             )
 

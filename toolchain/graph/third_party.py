@@ -40,7 +40,7 @@ PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
-class ForeignLayer:
+class ThirdPartyLayer:
     """One quantized layer. `relative_error` is √(tr(E H Eᵀ) / tr(W H Wᵀ)): of outputs, or of weights where H = I."""
 
     name: str
@@ -53,10 +53,10 @@ class ForeignLayer:
 
 
 @dataclass(frozen=True)
-class ForeignReport:
+class ThirdPartyReport:
     """What became of one file. `output_errors` is relative, by output, on the last inputs given; empty without any."""
 
-    layers: tuple[ForeignLayer, ...]
+    layers: tuple[ThirdPartyLayer, ...]
     refused: tuple[Refusal, ...]
     samples: int
     output_errors: dict[str, float]
@@ -65,14 +65,14 @@ class ForeignReport:
         return {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
 
 
-def quantized_foreign(
+def quantize_third_party(
     source: Path,
     out: Path,
     inputs: Sequence[Path] = (),
     codes: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     options: Options | None = None,
-) -> ForeignReport:
+) -> ThirdPartyReport:
     """Write `source`, quantized, to `out` (and `out`.data beside it when large) as a reference graph.
 
     Args:
@@ -99,7 +99,7 @@ def quantized_foreign(
     replace_linears(graph, stored, layers)
     _save(graph, out)
     errors = output_errors(source, out, runs[-1]) if runs else {}
-    return ForeignReport(tuple(report), tuple(refused), len(runs), errors)
+    return ThirdPartyReport(tuple(report), tuple(refused), len(runs), errors)
 
 
 def second_moments(source: Path, names: Sequence[str], runs: Sequence[Feeds]) -> dict[str, NDArray[np.float64]]:
@@ -171,10 +171,10 @@ def _quantize(
     moments: dict[str, NDArray[np.float64]],
     seed: int,
     options: Options,
-) -> tuple[dict[str, StoredWeight], list[ForeignLayer]]:
+) -> tuple[dict[str, StoredWeight], list[ThirdPartyLayer]]:
     """Weights by layer name. A weight that several layers read is coded once, for the input of the first."""
     stored: dict[str, StoredWeight] = {}
-    report: list[ForeignLayer] = []
+    report: list[ThirdPartyLayer] = []
     firsts: dict[tuple[str, VQCode], str] = {}
     groups: dict[tuple[int, int, VQCode], list[DenseLinear]] = {}
     for layer in layers:
@@ -189,7 +189,7 @@ def _quantize(
             relative = (error / whole) ** 0.5 if whole else 0.0
             after = layer.stored_bytes(code)
             before = layer.weight.size * layer.dtype.itemsize
-            report.append(ForeignLayer(layer.name, layer.rows, columns, str(code), before, after, relative))
+            report.append(ThirdPartyLayer(layer.name, layer.rows, columns, str(code), before, after, relative))
     for layer in layers:
         stored[layer.name] = stored[firsts[layer.source, codes[layer.name]]]
     return stored, report

@@ -178,11 +178,11 @@ def interleaved(free: FreePermutation, energies: Tensor, vector: int) -> Tensor:
     """
     import torch
 
-    from toolchain.vq.interleave import deal_in_units
+    from toolchain.vq.interleave import interleave_units
 
     if energies.shape != (free.size,):
         raise ShapeError(f"order {free.name}: expected {free.size} energies, found shape {list(energies.shape)}")
-    local = deal_in_units(energies.reshape(-1, free.unit), vector)
+    local = interleave_units(energies.reshape(-1, free.unit), vector)
     return (local + free.unit * torch.arange(len(local), device=local.device)[:, None]).reshape(-1)
 
 

@@ -40,7 +40,7 @@ class Cells:
 def draw_samples(
     unit: Tensor, pivots: Tensor, row_importance: Tensor, count: int, generator: torch.Generator
 ) -> Samples:
-    """At most `count` vectors, one from each of `count` equal stretches of the matrix, so that all rows are heard.
+    """At most `count` vectors, one from each of `count` equal intervals of the matrix, so that all rows are seen.
 
     Args:
         unit: float32[m, n], weights divided by their row scale.
@@ -50,7 +50,7 @@ def draw_samples(
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = unit.shape[0] * blocks
-    places = _stretches(total, count, generator).to(unit.device)
+    places = _one_per_interval(total, count, generator).to(unit.device)
     row, block = places // blocks, places % blocks
     metrics = pivots[block] * row_importance[row][:, None, None]
     return Samples(unit.reshape(-1, blocks, vector)[row, block], metrics)
@@ -78,7 +78,7 @@ def draw_chunks(
     """
     blocks, vector = pivots.shape[0], pivots.shape[1]
     total = len(unit) // CHUNK_ROWS * blocks
-    places = _stretches(total, max(1, count // CHUNK_ROWS), generator).to(unit.device)
+    places = _one_per_interval(total, max(1, count // CHUNK_ROWS), generator).to(unit.device)
     chunk, block = places // blocks, places % blocks
     rows = chunk_rows(chunk // ROW_STRIDE, chunk % ROW_STRIDE).flatten()
     block = block.repeat_interleave(CHUNK_ROWS)
@@ -86,8 +86,8 @@ def draw_chunks(
     return Samples(unit.reshape(-1, blocks, vector)[rows, block], metrics)
 
 
-def _stretches(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """int64: one place from each of `count` equal stretches of 0 … total − 1, or all places where they are no more."""
+def _one_per_interval(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """int64: one place from each of `count` equal intervals of 0 … total − 1, or all places where they are no more."""
     if total <= count:
         return torch.arange(total)
     inside = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)

@@ -1,9 +1,9 @@
-"""The order of columns that a vector code gains from: high-energy columns spread over all vectors, not gathered in a
-few.
+"""Interleaving: the column permutation that a vector code gains from. High-energy columns are spread over all vectors,
+not gathered in a few.
 
 A vector spends its bits on its high-energy columns by itself, if every vector has some; and one codebook serves all
 vectors best if position j means the same energy in each (mgvq-algorithm 3.6). So columns are
-dealt out like cards:
+interleaved by their rank:
 
     rank by energy   0 1 2 3 4 5 6 7      V = 2, n/V = 4 vectors
     vectors          (0 4) (1 5) (2 6) (3 7)
@@ -41,11 +41,13 @@ def interleaved_permutation(energies: Tensor, vector: int) -> Tensor:
         NumericGateError: an energy is not finite.
     """
     if energies.ndim != 1:
-        raise ShapeError(f"expected energies float[n], found shape {list(energies.shape)}; deal units by deal_in_units")
-    return deal_in_units(energies[None], vector)[0]
+        raise ShapeError(
+            f"expected energies float[n], found shape {list(energies.shape)}; units go to interleave_units"
+        )
+    return interleave_units(energies[None], vector)[0]
 
 
-def deal_in_units(energies: Tensor, vector: int) -> Tensor:
+def interleave_units(energies: Tensor, vector: int) -> Tensor:
     """The interleaved permutations int64[units, size] of columns that must stay in their unit, such as a head: old
     places in it.
 

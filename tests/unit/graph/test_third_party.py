@@ -18,7 +18,7 @@ from toolchain.graph.op import vq_op
 from toolchain.graph.op.plugin_op import device_graphs
 from toolchain.graph.passes.vq_from_dense import find_linears
 from toolchain.graph.rewrite import device_form, import_graph, portable_form
-from toolchain.graph.third_party import quantized_foreign, second_moments
+from toolchain.graph.third_party import quantize_third_party, second_moments
 from toolchain.vq.weights import Options
 
 FAST = Options(rounds=1, lloyd_rounds=2, samples=1000)
@@ -77,7 +77,7 @@ def reasons(path: Path) -> dict[str, str]:
 def rewritten(path: Path, folder: Path, **options) -> tuple:
     for name in ("reference", "device", "portable"):
         (folder / name).mkdir()
-    report = quantized_foreign(path, folder / "reference" / "model.onnx", options=FAST, **options)
+    report = quantize_third_party(path, folder / "reference" / "model.onnx", options=FAST, **options)
     portable_form(folder / "reference", folder / "portable")
     return report, device_form(folder / "reference", folder / "device")
 
@@ -128,8 +128,8 @@ def test_moments_of_inputs_lower_the_error_of_the_outputs(network, tmp_path):
     np.savez(tmp_path / "a.npz", x=loud[:200])
     np.savez(tmp_path / "b.npz", x=loud[200:])
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
-    knowing = quantized_foreign(network, tmp_path / "knowing.onnx", files, options=FAST)
-    quantized_foreign(network, tmp_path / "blind.onnx", options=FAST)
+    knowing = quantize_third_party(network, tmp_path / "knowing.onnx", files, options=FAST)
+    quantize_third_party(network, tmp_path / "blind.onnx", options=FAST)
     assert knowing.samples == 2
     fresh = loud[:1] * 0 + normal(100, 64, seed=7) * np.where(np.arange(64) < 2, 30, 1).astype(np.float32)
     expected = run(network, fresh)
@@ -180,7 +180,7 @@ def test_what_cannot_be_quantized_is_refused_with_its_reason(tmp_path):
     with pytest.raises(
         UnsupportedError, match=r"no layer can be quantized: .*small: too small: codes, table and scales"
     ):
-        quantized_foreign(path, tmp_path / "out.onnx", options=FAST)
+        quantize_third_party(path, tmp_path / "out.onnx", options=FAST)
 
 
 def test_a_layer_in_a_branch_is_refused(tmp_path):
@@ -206,7 +206,7 @@ def test_one_weight_behind_views_and_twice_is_coded_once(tmp_path):
         node("Add", "first second", "y"),
     ]
     path = saved(tmp_path, nodes, {})
-    report = quantized_foreign(path, tmp_path / "out.onnx", options=FAST)
+    report = quantize_third_party(path, tmp_path / "out.onnx", options=FAST)
     assert [layer.name for layer in report.layers] == ["first"]
     ours = [each for each in onnx.load(tmp_path / "out.onnx").graph.node if each.domain == vq_op.DOMAIN]
     assert [each.name for each in ours] == ["first", "second"]
@@ -217,7 +217,7 @@ def test_one_weight_behind_views_and_twice_is_coded_once(tmp_path):
 @pytest.mark.parametrize("opset", [13, 17, 20, 21])
 def test_older_and_newer_opsets_run(tmp_path, opset):
     path = saved(tmp_path, [node("MatMul", "x w", "y")], {"w": normal(64, 128)}, opset=opset)
-    quantized_foreign(path, tmp_path / "out.onnx", options=FAST)
+    quantize_third_party(path, tmp_path / "out.onnx", options=FAST)
     x = normal(3, 64, seed=1)
     error = np.linalg.norm(run(tmp_path / "out.onnx", x) - run(path, x)) / np.linalg.norm(run(path, x))
     assert 0.05 < error < 0.5
@@ -225,7 +225,7 @@ def test_older_and_newer_opsets_run(tmp_path, opset):
 
 def test_float16_layers_keep_their_type_outside(tmp_path):
     path = saved(tmp_path, [node("MatMul", "x w", "y")], {"w": normal(64, 128).astype(np.float16)}, kind=HALF)
-    quantized_foreign(path, tmp_path / "out.onnx", options=FAST)
+    quantize_third_party(path, tmp_path / "out.onnx", options=FAST)
     found = run(tmp_path / "out.onnx", normal(3, 64).astype(np.float16))
     assert found.dtype == np.float16
     assert 0.05 < np.linalg.norm(found - run(path, normal(3, 64).astype(np.float16))) / np.linalg.norm(found) < 0.5
@@ -234,18 +234,18 @@ def test_float16_layers_keep_their_type_outside(tmp_path):
 def test_inputs_that_do_not_fit_are_refused(network, tmp_path):
     np.savez(tmp_path / "wrong.npz", z=normal(3, 64))
     with pytest.raises(InputDataError, match=r"expected arrays \['x'\], found \['z'\]"):
-        quantized_foreign(network, tmp_path / "out.onnx", [tmp_path / "wrong.npz"], options=FAST)
+        quantize_third_party(network, tmp_path / "out.onnx", [tmp_path / "wrong.npz"], options=FAST)
     (tmp_path / "broken.npz").write_bytes(b"not an archive")
     with pytest.raises(InputDataError, match=r"expected an \.npz of arrays"):
-        quantized_foreign(network, tmp_path / "out.onnx", [tmp_path / "broken.npz"], options=FAST)
+        quantize_third_party(network, tmp_path / "out.onnx", [tmp_path / "broken.npz"], options=FAST)
 
 
 def test_the_verb_writes_all_forms_and_a_report(network, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["rewrite", "--onnx", str(network), "-o", str(out), "--format", "json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert json.loads((out / "foreign.json").read_text()) == data["foreign"]
-    assert {layer["name"] for layer in data["foreign"]["layers"]} == {"gate", "up", "down", "y"}
+    assert json.loads((out / "third_party.json").read_text()) == data["third_party"]
+    assert {layer["name"] for layer in data["third_party"]["layers"]} == {"gate", "up", "down", "y"}
     assert data["graphs"][0]["vq_nodes"] == 3
     assert run(out / "portable" / "model.onnx", normal(2, 64)).shape == (2, 128)
 

@@ -89,7 +89,7 @@ def test_kept_tensors_are_the_base_models_but_for_corrected_biases(quantized, ti
     assert moved, "no bias was corrected"
 
 
-def test_columns_are_dealt_and_the_file_says_how(quantized, tiny_qwen2_vl):
+def test_columns_are_interleaved_and_the_file_says_how(quantized, tiny_qwen2_vl):
     permutations = read_permutations(quantized.folder)
     assert permutations
     assert any(order.tolist() != sorted(order.tolist()) for order in permutations.values())

@@ -201,7 +201,7 @@ def test_trained_codebooks_reach_the_known_gaussian_error(name, expected):
 
 @pytest.mark.parametrize("code", OVERLAPPING, ids=str)
 def test_windows_of_a_node_spread_over_all_cells(code):
-    # Entries on a line: the cells are its 2^k stretches, and each node leaves and is entered by one of each.
+    # Entries on a line: the cells are its 2^k intervals, and each node leaves and is entered by one of each.
     codebook = torch.arange(float(code.entries))[:, None].expand(-1, code.vector)
     arranged = arrange_windows(codebook, code)[:, 0].long()
     assert torch.equal(arranged.sort().values, torch.arange(code.entries))

@@ -53,15 +53,15 @@ class TestLayout:
         assert exact < 0.8 * euclidean
 
     @pytest.mark.parametrize("seed", range(2))
-    def test_dealt_columns_beat_natural_beat_sorted(self, seed):
+    def test_interleaved_columns_beat_natural_beat_sorted(self, seed):
         weight, moment = random_layer(256, 96, seed)
         orders = {
-            "dealt": interleaved_permutation(moment.diagonal(), 4),
+            "interleaved": interleaved_permutation(moment.diagonal(), 4),
             "natural": torch.arange(96),
             "sorted": moment.diagonal().argsort(descending=True),
         }
         losses = {name: relative_loss(weight, moment, order) for name, order in orders.items()}
-        assert losses["dealt"] < losses["natural"] < losses["sorted"]
+        assert losses["interleaved"] < losses["natural"] < losses["sorted"]
 
 
 class TestTables:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolchain.errors import NumericGateError, ShapeError
-from toolchain.vq.interleave import deal_in_units, interleaved_permutation
+from toolchain.vq.interleave import interleave_units, interleaved_permutation
 
 # Ranks, most energy first: columns 1, 7, 0, 5, 3, 2, 6, 4.
 ENERGIES = torch.tensor([5.0, 9.0, 2.0, 3.0, 0.0, 4.0, 1.0, 8.0])
@@ -49,13 +49,13 @@ def test_rank_q_is_where_the_formula_puts_it(problem):
 @given(columns())
 def test_a_position_holds_one_band_of_ranks_and_vectors_get_quieter(problem):
     energies, vector = problem
-    dealt = energies[interleaved_permutation(energies, vector)].reshape(-1, vector)
+    interleaved = energies[interleaved_permutation(energies, vector)].reshape(-1, vector)
     bands = energies.sort(descending=True).values.reshape(vector, -1)
-    assert torch.equal(dealt.T[list(PLACES[vector])], bands)
+    assert torch.equal(interleaved.T[list(PLACES[vector])], bands)
 
 
 @given(st.lists(st.integers(0, 9), min_size=16, max_size=16))
-def test_the_halves_of_dealt_quads_are_dealt_pairs(values):
+def test_the_halves_of_interleaved_quads_are_interleaved_pairs(values):
     energies = torch.tensor(values, dtype=torch.float32)
     pairs = energies[interleaved_permutation(energies, 4)].reshape(-1, 2)
     louder, quieter = energies.sort(descending=True).values.reshape(2, -1)
@@ -63,15 +63,15 @@ def test_the_halves_of_dealt_quads_are_dealt_pairs(values):
     assert float(pairs[:, 1].max()) <= float(quieter.max())
 
 
-def test_units_are_dealt_on_their_own():
+def test_units_are_interleaved_on_their_own():
     energies = torch.stack([ENERGIES, ENERGIES.flip(0), torch.zeros(8)])
-    found = deal_in_units(energies, 4)
+    found = interleave_units(energies, 4)
     assert torch.equal(found, torch.stack([interleaved_permutation(row, 4) for row in energies]))
     assert found[2].tolist() == [0, 4, 2, 6, 1, 5, 3, 7], "ties go by index"
 
 
 @pytest.mark.parametrize(("shape", "vector"), [((6,), 4), ((8,), 0), ((2, 4), 2)])
-def test_what_cannot_be_dealt_is_refused(shape, vector):
+def test_what_cannot_be_interleaved_is_refused(shape, vector):
     with pytest.raises(ShapeError, match=r"expected energies float\[.*found shape \["):
         interleaved_permutation(torch.ones(shape), vector)
 

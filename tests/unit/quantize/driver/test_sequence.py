@@ -24,5 +24,5 @@ def test_whole_groups_as_many_as_fit_and_one_at_least(most, expected):
     assert [spec for layer_batch in found for spec in layer_batch] == own
 
 
-def test_no_layers_no_stretch():
+def test_no_layers_no_batch():
     assert list(layer_batches([], 10, len)) == []

@@ -188,7 +188,7 @@ def test_the_bytes_of_a_groups_statistics_are_counted():
 
 
 @pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
-def test_stretches_change_no_bit(prepared, teacher, tmp_path):
+def test_layer_batches_change_no_bit(prepared, teacher, tmp_path):
     """All groups at once, several, and one at a time: the same codes, codebooks, scales and divergences."""
     found = []
     before = stored_weights(prepared.model, prepared.names)
@@ -230,7 +230,7 @@ def test_a_damaged_shift_is_made_again(prepared, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("prepared", ["4,8,8"], indirect=True)
-def test_one_stretchs_statistics_are_resident(prepared, teacher, tmp_path, monkeypatch):
+def test_one_batchs_statistics_are_resident(prepared, teacher, tmp_path, monkeypatch):
     """No gradient, moment, curvature or shift of one group lives when the next one's are collected or it moves."""
     own, before = prepared, stored_weights(prepared.model, prepared.names)
     plain, linears = measured(own, teacher)

@@ -29,9 +29,9 @@ def loss_of(text: str, columns: int, units: list[float]) -> float:
     return sum(GAUSSIAN_ERROR[str(code)] * units[unit] for code, own in segment_units(text, columns) for unit in own)
 
 
-def offered(columns: int, units: list[float], dealt: float = 1.0) -> dict[str, float]:
-    """Losses of units in proportion to the codes' errors; a single code's is `dealt` of their sum."""
-    single = {code: dealt * GAUSSIAN_ERROR[code] * sum(units) for code in LADDER}
+def offered(columns: int, units: list[float], interleaved: float = 1.0) -> dict[str, float]:
+    """Losses of units in proportion to the codes' errors; a single code's is `interleaved` of their sum."""
+    single = {code: interleaved * GAUSSIAN_ERROR[code] * sum(units) for code in LADDER}
     return segmented_losses(columns, LADDER, lambda code, unit: GAUSSIAN_ERROR[code] * units[unit], single)
 
 
@@ -72,7 +72,7 @@ def test_uneven_columns_are():
 def test_what_dealing_gains_is_not_paid_again():
     """Where one interleaved code has already what cutting would give, nothing is offered."""
     units = [100.0, 20.0, 5.0, 2.0, 1.0, 0.5]
-    assert offered(384, units, dealt=0.2) == {}
+    assert offered(384, units, interleaved=0.2) == {}
 
 
 losses = st.lists(st.floats(0.01, 100.0), min_size=3, max_size=5)
