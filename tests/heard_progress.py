@@ -14,6 +14,10 @@ class Heard(Silent):
     steps: list[tuple[int, int, str]] = field(default_factory=list)
     layers: list[tuple[int, int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+
+    def stage(self, what: str) -> None:
+        self.stages.append(what)
 
     def step(self, done: int, total: int, what: str = "") -> None:
         self.steps.append((done, total, what))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from board_bundles import TARGET, board_pieces, correct_plugin
+from heard_progress import Heard
 from remote_boards import FAKE_SSH, MGVQ, Board, executable
 from simulated_builder import SimulatedBoard
 from ssh_server import loopback_server
@@ -59,7 +60,7 @@ def said() -> list[str]:
 @pytest.fixture
 def options(tmp_path, said) -> RemoteOptions:
     mgvq = executable(tmp_path / "mgvq", MGVQ)
-    return RemoteOptions(sys.executable, str(mgvq), str(tmp_path / "store"), None, said.append)
+    return RemoteOptions(sys.executable, str(mgvq), str(tmp_path / "store"), None, Heard(stages=said))
 
 
 @pytest.fixture
