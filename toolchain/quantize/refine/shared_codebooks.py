@@ -52,7 +52,8 @@ def train_part_codebooks(
         pools = _drawn(request, plan, token_weights, progress)
         found = {}
         for done, (name, pool) in enumerate(pools.items(), start=1):
-            found[name] = pool.codebook(request.options, group_generator(request.seed, f"codebook.{name}"))
+            # The seed's name is part of what a method's bytes depend on: it stays as checkpoints were made with it.
+            found[name] = pool.codebook(request.options, group_generator(request.seed, f"table.{name}"))
             progress.step(done, len(pools), "codebooks")
         return {n: one.stored for n, one in found.items()}, {n: one.step for n, one in found.items()}
 
