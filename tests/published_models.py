@@ -1,4 +1,4 @@
-"""Geometries and bit plans of published models, for the tests of memory plan and latency model."""
+"""Configs, geometries and bit plans of published models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,30 @@ QWEN2_VL_2B = {
         "num_heads": 16,
         "mlp_ratio": 4,
         "patch_size": 14,
+    },
+}
+
+INTERNVL_1B = {
+    "model_type": "internvl",
+    "image_token_id": 151667,
+    "downsample_ratio": 0.5,
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151674,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": [448, 448],
+        "patch_size": [14, 14],
+        "use_mean_pooling": True,
     },
 }
 

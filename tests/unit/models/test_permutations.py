@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from published_models import QWEN2_VL_2B
+from published_models import INTERNVL_1B, QWEN2_VL_2B
 from transformers import AutoModelForImageTextToText, InternVLConfig, InternVLForConditionalGeneration, Qwen2VLConfig
 
 from toolchain.calibration.inputs import CalibrationInput, calibration_inputs
@@ -20,29 +20,6 @@ from toolchain.models.registry import family_for
 TOLERANCE = 1e-10  # of the largest logit; float64 leaves 3e-15 over all permutations of these models
 NEEDED = 1e-5  # a place left behind changes more than this; the least seen is 1.7e-4, a bias of the tiny Qwen2-VL
 
-INTERNVL_1B = {
-    "model_type": "internvl",
-    "image_token_id": 151667,
-    "downsample_ratio": 0.5,
-    "text_config": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151674,
-    },
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": [448, 448],
-        "patch_size": [14, 14],
-        "use_mean_pooling": True,
-    },
-}
 # The other choices a tower's config has (those of InternViT-6B among them), and a Llama whose heads are wider.
 UNUSUAL = {
     "text_config": {

@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from published_models import QWEN2_VL_2B, qwen2_vl_2b
+from published_models import INTERNVL_1B, QWEN2_VL_2B, qwen2_vl_2b
 
 from toolchain.errors import InputDataError
 from toolchain.plan.geometry import image_work, internvl_geometry, qwen2_vl_geometry
-
-INTERNVL = {
-    "model_type": "internvl",
-    "downsample_ratio": 0.5,
-    "text_config": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151674,
-    },
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": [448, 448],
-        "patch_size": [14, 14],
-    },
-}
 
 
 def test_qwen2_vl_2b_has_its_published_weight_counts():
@@ -58,7 +37,7 @@ def test_images_above_the_limit_are_made_smaller():
 
 
 def test_internvl_counts_tiles_and_the_thumbnail():
-    geometry = internvl_geometry(INTERNVL)
+    geometry = internvl_geometry(INTERNVL_1B)
     one = image_work(geometry, 448, 448, max_pixels=10**8)
     assert (one.sequences, one.patches, one.tokens) == (1, 1025, 256)
     wide = image_work(geometry, 1792, 448, max_pixels=10**8)
