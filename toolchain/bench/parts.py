@@ -116,7 +116,7 @@ def time_group(shape: GroupShape, tokens: int, codes: tuple[VQCode, ...], peers:
     drawn = draw_group(shape, tokens, clock.device, generator)
     drifts = "drift" in clock.wanted
     pairs = clock.run("statistics", OURS, None, lambda: accumulate(drawn.samples, drifts=drifts))
-    weights, moment = drawn.weights, pairs.whole.moment / pairs.whole.token_weight
+    weights, moment = drawn.weights, pairs.whole.second_moment
     if drifts:
         weights = _shifted(weights, moment, pairs, clock)
     del pairs

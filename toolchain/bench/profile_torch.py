@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from toolchain.checkpoint.folder import open_checkpoint
-from toolchain.checkpoint.loading import load_model, load_quantized
+from toolchain.checkpoint.loading import load_any
 from toolchain.device.families.base import Feeds, Host
 from toolchain.device.generation.answer import CachePlan, Graph
 from toolchain.device.generation.generate import GraphRunner, Runner
@@ -43,9 +43,8 @@ class TorchBackend:
                 f"device {device}: PyTorch {torch.__version__} sees no GPU; run mgvq doctor, or use --provider cpu"
             )
         checkpoint = open_checkpoint(folder)
-        load = load_quantized if checkpoint.is_quantized else load_model
         self._device, self._dtype = torch.device(device), dtype
-        self._model = load(folder, dtype).to(self._device)
+        self._model = load_any(checkpoint, dtype).to(self._device)
         self._family = family_for(checkpoint.config)
         self.host: Host = self._family.load_host(checkpoint.config, folder)
 

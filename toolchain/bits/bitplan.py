@@ -228,9 +228,7 @@ def real_bits(bit_plan: BitPlan, parts: Iterable[str] | None = None) -> dict[str
         parts: the parts to count; all when None. `("language",)` gives the language model alone.
     """
     wanted = tuple(PARTS if parts is None else parts)
-    kept = dict.fromkeys(PARTS, 0)
-    for name, count in bit_plan.kept.items():
-        kept[part_of_kept(name, bit_plan.layers)] += count
+    kept = kept_by_part(bit_plan)
     counts = {}
     for part in wanted:
         stored = [layer for layer in bit_plan.layers if layer.part == part and not layer.tied_to]
@@ -238,6 +236,14 @@ def real_bits(bit_plan: BitPlan, parts: Iterable[str] | None = None) -> dict[str
             counts[part] = _count(stored, kept[part])
     stored = [layer for layer in bit_plan.layers if layer.part in wanted and not layer.tied_to]
     return counts | {"total": _count(stored, sum(kept[part] for part in wanted))}
+
+
+def kept_by_part(bit_plan: BitPlan) -> dict[str, int]:
+    """Part → how many of its elements stay in 16 bits; every part is there."""
+    kept = dict.fromkeys(PARTS, 0)
+    for name, count in bit_plan.kept.items():
+        kept[part_of_kept(name, bit_plan.layers)] += count
+    return kept
 
 
 def _count(stored: list[LayerPlan], kept: int) -> BitCount:

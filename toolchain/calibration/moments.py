@@ -1,4 +1,4 @@
-"""Calibration data: the manifest a user writes, and the second moments of the inputs that layers really see."""
+"""Second moments of the inputs that layers see, over calibration data."""
 
 from __future__ import annotations
 

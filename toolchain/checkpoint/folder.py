@@ -55,8 +55,9 @@ class Checkpoint:
         return sorted(path for path in found if path.name not in skipped)
 
 
-def open_checkpoint(folder: Path | str, config: dict[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint in a folder, checked: config.json parses, every shard is there and as long as its header says.
+def open_checkpoint(source: Checkpoint | Path | str, config: dict[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint in a folder, checked: config.json parses, every shard is there and as long as its header says. One
+    that is open is given back as it is.
 
     Args:
         config: its config.json, where that is read already.
@@ -64,7 +65,9 @@ def open_checkpoint(folder: Path | str, config: dict[str, Any] | None = None) ->
     Raises:
         InputDataError: something is missing, broken or truncated.
     """
-    folder = Path(folder)
+    if isinstance(source, Checkpoint):
+        return source
+    folder = Path(source)
     if not folder.is_dir():
         raise InputDataError(f"checkpoint {folder} does not exist; expected a folder with config.json and safetensors")
     if config is None:

@@ -34,7 +34,7 @@ def load_model(source: Checkpoint | Path | str, dtype: torch.dtype = torch.float
     """
     from transformers import AutoModelForImageTextToText
 
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     folder = checkpoint.folder
     if checkpoint.is_quantized:
         raise UsageError(f"checkpoint {folder} is quantized already; name the float checkpoint it was made from")
@@ -99,15 +99,15 @@ def load_quantized(source: Checkpoint | Path | str, dtype: torch.dtype = torch.f
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     folder = checkpoint.folder
-    layers = quantized_layers(checkpoint.config, str(checkpoint.folder))
+    layers = quantized_layers(checkpoint.config, str(folder))
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     install_layers(model, layers)
     expected = model.state_dict()
-    check_tensors(checkpoint.folder, checkpoint.tensors, expected)
+    check_tensors(folder, checkpoint.tensors, expected)
     state: dict[str, Tensor] = {}
     for shard in checkpoint.shards:
         with safe_open(shard, framework="pt") as stored:
@@ -115,14 +115,14 @@ def load_quantized(source: Checkpoint | Path | str, dtype: torch.dtype = torch.f
     model.load_state_dict(state, strict=True, assign=True)
     link_shared(model, layers)
     check_values(model)
-    if (checkpoint.folder / "generation_config.json").is_file():
+    if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model.eval()
 
 
 def load_any(source: Checkpoint | Path | str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a checkpoint folder, quantized or not; see `load_model` and `load_quantized`."""
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     load = load_quantized if checkpoint.is_quantized else load_model
     return load(checkpoint, dtype)
 

@@ -149,6 +149,7 @@ def evaluate(
 ) -> None:
     """Measure exact-answer accuracy of a checkpoint, quantized or not, and with --reference its KL divergence."""
     from toolchain.calibration.manifest import read_manifest
+    from toolchain.checkpoint.folder import open_checkpoint
     from toolchain.checkpoint.loading import load_any
     from toolchain.checkpoint.modules import keep_decoded
     from toolchain.checkpoint.permuted import read_permutations
@@ -165,12 +166,12 @@ def evaluate(
     samples = read_manifest(data)
     if calib is not None:
         refuse_overlap(read_manifest(calib), samples)
-    processor, progress = family.load_processor(model), TerminalProgress()
+    processor, progress = family.load_processor(model, config), TerminalProgress()
     expected = None
     if reference is not None:
         progress.stage(f"reference  {reference} on {len(samples)} questions")
         expected = checkpoint_log_probabilities(reference, processor, samples, progress)
-    loaded = load_any(model)
+    loaded = load_any(open_checkpoint(model, config))
     progress.stage(f"evaluate   {model} on {len(samples)} questions")
     with keep_decoded(loaded):
         found = answer_all(processor.host, torch_graphs(family, loaded), samples, max_new_tokens, progress)

@@ -68,6 +68,7 @@ def quantize(
     Example: mgvq quantize -m MODEL --calib calib.jsonl -o runs/q --bits 2.0
     """
     from toolchain.calibration.manifest import read_manifest
+    from toolchain.checkpoint.folder import open_checkpoint
     from toolchain.files.folders import check_output
     from toolchain.models.configs import read_config
     from toolchain.models.registry import family_for
@@ -77,13 +78,15 @@ def quantize(
 
     overrides = parse_codes(code or [])
     check_output(output)
-    family_for(read_config(model))
-    limits = _limits(model, bits, budget, overrides, method)
+    config = read_config(model)
+    family_for(config)
+    limits = _limits(model, config, bits, budget, overrides, method)
     progress = TerminalProgress()
     progress.stage(f"quantize   {model}")
+    samples = read_manifest(calib)
     result = quantize_checkpoint(
-        model,
-        read_manifest(calib),
+        open_checkpoint(model, config),
+        samples,
         output,
         QuantizeSettings(method, *limits, tuple(overrides), seed, resume=resume, answer_tokens=answer_tokens),
         progress,
@@ -100,7 +103,12 @@ def quantize(
 
 
 def _limits(
-    model: Path, bits: float | None, budget: str | None, overrides: list[tuple[str, str]], name: str
+    model: Path,
+    config: dict[str, Any],
+    bits: float | None,
+    budget: str | None,
+    overrides: list[tuple[str, str]],
+    name: str,
 ) -> tuple[float | None, int | None]:
     """(bits, budget_bytes) that `quantize_checkpoint` is to keep to; a budget that cannot be kept is refused now."""
     from toolchain.quantize.methods import stored_method
@@ -109,7 +117,9 @@ def _limits(
     average, budget_bytes = bits_or_budget(bits, budget)
     method = stored_method(name)
     if budget_bytes is not None:
-        formats = plan_formats(model, average, budget_bytes, tuple(overrides), method.overlaps, method.codebooks)
+        formats = plan_formats(
+            model, average, budget_bytes, tuple(overrides), method.overlaps, method.codebooks, config
+        )
         if problem := over_budget(formats, budget_bytes):
             raise BudgetError(f"{model}: {problem}")
     return (average, None) if average is not None else (None, budget_bytes)
@@ -117,15 +127,17 @@ def _limits(
 
 def export(model: ModelOption, output: OutputOption, form: FormatOption = Format.text) -> None:
     """Export a checkpoint, quantized or not, to ONNX: vision, embed and decoder reference graphs."""
+    from toolchain.checkpoint.folder import open_checkpoint
     from toolchain.checkpoint.loading import load_any
     from toolchain.files.folders import staged_folder
     from toolchain.graph.export import reference_graphs_from_model
     from toolchain.models.configs import read_config
     from toolchain.models.registry import family_for
 
-    family = family_for(read_config(model))
+    config = read_config(model)
+    family = family_for(config)
     with staged_folder(output) as folder:
-        graphs = reference_graphs_from_model(load_any(model), family, folder)
+        graphs = reference_graphs_from_model(load_any(open_checkpoint(model, config)), family, folder)
     rows = [dataclasses.asdict(g) | {"path": str(output / g.path.name), "seconds": round(g.seconds, 1)} for g in graphs]
     emit({"graphs": rows}, table(rows, ["name", "nodes", "vq_nodes", "weight_bytes", "seconds", "path"]), form)
 
@@ -206,7 +218,8 @@ def _rewrite_options(model: Path | None, target: str | None, precision: str, int
     block = None if board is None else board.largest_block_default_bytes
     profiles = {}
     if model is not None:
-        family, config = family_for(read_config(model)), read_config(model)
+        config = read_config(model)
+        family = family_for(config)
         settings = family.host_settings(config, model)
         if board is not None:
             settings = limited_settings(settings, board.max_image_pixels, board.default_context_tokens)

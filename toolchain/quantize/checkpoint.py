@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from toolchain import __version__
 from toolchain.bits.bitplan import BitCount, real_bits
-from toolchain.bits.bitplan import plan as plan_bits
 from toolchain.calibration.inputs import calibration_inputs
 from toolchain.calibration.manifest import samples_hash
 from toolchain.calibration.moments import layer_moments
@@ -27,10 +26,9 @@ from toolchain.checkpoint.writing import write_quantized
 from toolchain.errors import UsageError
 from toolchain.files.folders import check_output, sha256_file, staged_folder, write_json
 from toolchain.files.store import ObjectStore
-from toolchain.models.inventory import kept_parameters
 from toolchain.models.runner import torch_graphs
 from toolchain.quantize.baselines.registry import METHODS
-from toolchain.quantize.driver.request import QuantizationRequest, QuantizeSettings, open_request
+from toolchain.quantize.driver.request import QuantizationRequest, QuantizeSettings, open_request, plan_request
 from toolchain.quantize.driver.sequence import LayerResult, Solved, planned_code, quantize_in_sequence
 from toolchain.quantize.line import QuantizedModel, quantize_model
 from toolchain.quantize.methods import stored_method
@@ -75,7 +73,7 @@ def quantize_checkpoint(
     method = stored_method(settings.method)
     _check_codebooks(settings.options)
     check_output(Path(out))
-    base = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    base = open_checkpoint(source)
     request = open_request(base, settings)
     key = _key(base, samples, settings, next(request.model.parameters()).device)
     unfinished = Path(out).with_name(Path(out).name + ".partial")
@@ -160,13 +158,7 @@ def _write_findings(made: QuantizedModel, staging: Path) -> None:
 
 def _plain(request: QuantizationRequest, method: GroupMethod, store: ObjectStore, progress: Progress) -> QuantizedModel:
     """A baseline: the same sweep over the model, every group given its inputs' second moment and nothing else."""
-    plan = plan_bits(
-        request.specs,
-        kept_parameters(request.model, request.specs),
-        bits=request.bits,
-        budget_bytes=request.budget_bytes,
-        overrides=request.overrides,
-    )
+    plan = plan_request(request)
     solver = MomentSolver(request, plan, method)
     layers = quantize_in_sequence(request.model, request.specs, plan, solver, store, request.seed, progress)
     return QuantizedModel(request.model, plan, layers, {}, None)

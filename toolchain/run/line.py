@@ -186,7 +186,7 @@ def _evaluate_stage(checked, run: RunFolder, progress: Progress, quantized: Stag
 
     def work(folder: Path) -> dict[str, Any]:
         results = {
-            "fp": answers(load_model(settings.model)),
+            "fp": answers(load_model(checked.checkpoint)),
             settings.quantize.method: answers(load_quantized(quantized.folder)),
         }
         for method, stage in others.items():

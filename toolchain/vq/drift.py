@@ -38,6 +38,11 @@ class Pair:
     mean: Tensor
     full_mean: Tensor
 
+    @property
+    def second_moment(self) -> Tensor:
+        """S_q float32[n, n], the mean over tokens."""
+        return self.moment / self.token_weight
+
     @classmethod
     def of(cls, rows: Tensor, full: Tensor, token_weight: Tensor) -> Pair:
         """Of inputs x_q and x_f float32[N, n] with token weights float32[N]."""
@@ -89,7 +94,7 @@ class Shift:
 
 def regression(pair: Pair, damping: float) -> Tensor:
     """P = C S_q⁻¹ − I, float32[n, n]: W + W P maps x_q to what W makes of x_f, as nearly as a linear map can."""
-    moment, cross = pair.moment / pair.token_weight, pair.cross / pair.token_weight
+    moment, cross = pair.second_moment, pair.cross / pair.token_weight
     return solve_factor(moment, (cross - moment).T, damping, "input moment").T
 
 
@@ -102,7 +107,7 @@ def fitted_shift(weight: Tensor, pulled: Tensor, pair: Pair, damping: float) -> 
     """W P float32[m, n], `pulled` being `pull` of W: by its m rows where P has n; by P where W is TALL."""
     if len(weight) > TALL * weight.shape[1]:
         return weight @ regression(pair, damping)
-    return solve_factor(pair.moment / pair.token_weight, pulled.T, damping, "input moment").T
+    return solve_factor(pair.second_moment, pulled.T, damping, "input moment").T
 
 
 def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
@@ -130,7 +135,7 @@ def gated_shift(weight: Tensor, pairs: PairMoments, trusted: float) -> Shift:
     if step < LEAST_STEP:
         return Shift(nothing, 0.0, damping)
     value = fitted_shift(weight, pull(weight, pairs.whole), pairs.whole, damping)
-    size = float(((value @ (pairs.whole.moment / pairs.whole.token_weight)) * value).sum(dtype=torch.float64))
+    size = float(((value @ pairs.whole.second_moment) * value).sum(dtype=torch.float64))
     if step**2 * size > TRUST**2 * trusted:
         step = TRUST * (trusted / size) ** 0.5
     return Shift(step * value, step, damping)
@@ -142,4 +147,4 @@ def _held_out(
     """(⟨−G_B, N_A⟩, tr(N_A S_B N_Aᵀ)) for N_A of the fitted half, G_B = −W (C_B − S_B) of the other."""
     shift = fitted_shift(weight, pulled, fitted, damping)
     inner = (other_pulled * shift).sum(dtype=torch.float64)
-    return float(inner), float(((shift @ (other.moment / other.token_weight)) * shift).sum(dtype=torch.float64))
+    return float(inner), float(((shift @ other.second_moment) * shift).sum(dtype=torch.float64))

@@ -22,11 +22,12 @@ from toolchain.evaluate import compare
 from toolchain.evaluate.answers import answer_log_probabilities, check_answers
 from toolchain.evaluate.compare import CompareSettings, check_methods, compare_methods
 from toolchain.models.configs import read_config
+from toolchain.models.inventory import kept_parameters
 from toolchain.models.registry import family_for
 from toolchain.quantize.baselines.compared import ComparedGroup
 from toolchain.quantize.baselines.dense import dense_bits, quantize_dense
 from toolchain.quantize.baselines.registry import COMPARED, METHODS
-from toolchain.quantize.checkpoint import kept_parameters, quantize_checkpoint
+from toolchain.quantize.checkpoint import quantize_checkpoint
 from toolchain.quantize.driver.request import QuantizeSettings, open_request
 from toolchain.values import Sample
 

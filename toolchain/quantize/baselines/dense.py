@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from toolchain.bits.bitplan import KEPT_BYTES, BitCount, part_of_kept
-from toolchain.bits.bitplan import plan as plan_bits
+from toolchain.bits.bitplan import KEPT_BYTES, BitCount, kept_by_part
 from toolchain.calibration.moments import layer_moments
 from toolchain.errors import MgvqError
-from toolchain.models.inventory import kept_parameters
 from toolchain.quantize.baselines.compared import ComparedMethod
-from toolchain.quantize.driver.request import QuantizationRequest
+from toolchain.quantize.driver.request import QuantizationRequest, plan_request
 from toolchain.quantize.driver.sequence import LayerResult, group_generator, walk_groups
 from toolchain.values import PARTS, SILENT, BitPlan, LayerSpec, Progress, VQCode
 from toolchain.vq.weights import Options
@@ -47,9 +45,7 @@ def quantize_dense(request: QuantizationRequest, method: ComparedMethod, progres
         UsageError: bits or overrides that no plan can keep.
     """
     began = time.monotonic()
-    plan = plan_bits(
-        request.specs, kept_parameters(request.model, request.specs), bits=request.bits, overrides=request.overrides
-    )
+    plan = plan_request(request)
     sizes: dict[str, int] = {}
     moments: dict[str, Tensor] = {}
 
@@ -104,9 +100,7 @@ def _order_bytes(rows: int) -> int:
 
 def dense_bits(plan: BitPlan, sizes: dict[str, int]) -> dict[str, BitCount]:
     """Part → cost and "total", as `bitplan.real_bits`, where `sizes` are the bytes of each group's stored form."""
-    kept = dict.fromkeys(PARTS, 0)
-    for name, count in plan.kept.items():
-        kept[part_of_kept(name, plan.layers)] += count
+    kept = kept_by_part(plan)
     counts = {}
     for part in PARTS:
         stored = [layer for layer in plan.layers if layer.part == part and not layer.tied_to]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from toolchain.bits.bitplan import plan
 from toolchain.calibration.inputs import CalibrationInput
 from toolchain.checkpoint.folder import Checkpoint
 from toolchain.checkpoint.loading import load_model
 from toolchain.checkpoint.writing import kept_dtype
 from toolchain.models.configs import Config
 from toolchain.models.family import Family
+from toolchain.models.inventory import kept_parameters
 from toolchain.models.registry import family_for
-from toolchain.values import ANSWER_TOKENS, LayerSpec
+from toolchain.values import ANSWER_TOKENS, BitPlan, LayerSpec
 from toolchain.vq.weights import Options
 
 
@@ -76,4 +79,23 @@ def open_request(base: Checkpoint, settings: QuantizeSettings) -> QuantizationRe
         settings.options,
         settings.seed,
         kept_dtype(base),
+    )
+
+
+def plan_request(request: QuantizationRequest, **choices: Any) -> BitPlan:
+    """The plan under the request's limit.
+
+    Args:
+        choices: what else `bitplan.plan` takes: losses, whether codes overlap, whose the codebooks are.
+
+    Raises:
+        UsageError: bits, bytes or overrides that no plan can keep.
+    """
+    return plan(
+        request.specs,
+        kept_parameters(request.model, request.specs),
+        bits=request.bits,
+        budget_bytes=request.budget_bytes,
+        overrides=request.overrides,
+        **choices,
     )

@@ -126,6 +126,11 @@ def layer_batches(
         yield layer_batch
 
 
+def dense_weight(model: nn.Module, spec: LayerSpec) -> Tensor:
+    """float32[rows, columns]: a layer's weight as the model has it, a convolution's kernel flattened."""
+    return model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float()
+
+
 def object_name(group: str) -> str:
     """What a group's piece is called in the store."""
     return f"group.{group}"
@@ -150,7 +155,7 @@ def _one_group(
 
     def make() -> tuple[dict[str, Tensor], Any]:
         began = time.monotonic()
-        weights = [model.get_parameter(f"{s.name}.weight").detach().flatten(1).float() for s in members]
+        weights = [dense_weight(model, spec) for spec in members]
         try:
             solved = solver.solve(model, members, weights, group_generator(seed, members[0].group))
         except MgvqError as error:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from toolchain.bits.allocation import CODES_BY_BITS, OVERLAPPING_BY_BITS
-from toolchain.bits.bitplan import plan as plan_bits
-from toolchain.models.inventory import kept_parameters
+from toolchain.quantize.driver.request import plan_request
 from toolchain.quantize.mgvq.recipe import Recipe
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.quantize.mgvq.sensitivity import Sensitivity
@@ -33,14 +32,4 @@ def plan_model(run: MgvqRun, sensitivity: Sensitivity | None) -> BitPlan:
 
 def plan_for_losses(run: MgvqRun, losses: Mapping[str, Mapping[str, float]] | None) -> BitPlan:
     """The plan under the request's limit for these losses, group → code or segments → loss."""
-    request = run.request
-    return plan_bits(
-        request.specs,
-        kept_parameters(request.model, request.specs),
-        bits=request.bits,
-        budget_bytes=request.budget_bytes,
-        overrides=request.overrides,
-        losses=losses,
-        overlapping=run.recipe.overlap,
-        codebooks=run.recipe.codebooks,
-    )
+    return plan_request(run.request, losses=losses, overlapping=run.recipe.overlap, codebooks=run.recipe.codebooks)

@@ -24,7 +24,7 @@ from toolchain.calibration.gradients import (
 )
 from toolchain.calibration.held_out import gate_samples
 from toolchain.calibration.inputs import CalibrationInput
-from toolchain.quantize.driver.sequence import group_generator, layer_batches
+from toolchain.quantize.driver.sequence import dense_weight, group_generator, layer_batches
 from toolchain.quantize.mgvq.proxy import GAUSSIAN_ERROR, PROXY_CODES, quick, row_weights_of
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.values import SILENT, LayerSpec, Progress, VQCode, groups_of
@@ -118,7 +118,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Proxy:
-    """Proxy code code, decoded weights of the group's layers, and the local loss (equation 15)."""
+    """Proxy code, decoded weights of the group's layers, and the local loss (equation 15)."""
 
     code: VQCode
     decoded: list[Tensor]
@@ -212,7 +212,7 @@ def measure_sensitivity(
 
 
 def _weights(model: nn.Module, stored: Sequence[LayerSpec]) -> list[Tensor]:
-    return [model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in stored]
+    return [dense_weight(model, spec) for spec in stored]
 
 
 def _moments(
@@ -341,10 +341,7 @@ def _fisher_loss(
     gradient_samples: Mapping[str, list[GradientSample]],
 ) -> float:
     """½ E_b⟨G_b, E⟩² over the held-out gradients; a tied head adds its own to those of its embedding."""
-    error = {
-        spec.name: model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() - decoded
-        for spec, decoded in zip(stored, run.decoded)
-    }
+    error = {spec.name: dense_weight(model, spec) - decoded for spec, decoded in zip(stored, run.decoded)}
     error |= {spec.name: error[spec.tied_to] for spec in members if spec.tied_to}
     products = [
         torch.tensor(

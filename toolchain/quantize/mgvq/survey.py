@@ -17,7 +17,7 @@ def survey_model(run: MgvqRun) -> Survey:
 
 
 def weigh_tokens(run: MgvqRun, survey: Survey) -> TokenWeights:
-    """token weights: with the recipe's Fisher part by the norm of the loss gradient, else the survey's."""
+    """Token weights: with the recipe's Fisher part by the norm of the loss gradient, else the survey's."""
     if not run.recipe.fisher:
         return survey.token_weights
     request = run.request

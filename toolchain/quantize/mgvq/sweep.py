@@ -42,7 +42,7 @@ def group_moment(spec: LayerSpec, pairs: PairMoments | None) -> Tensor:
     if spec.kind == "embedding":
         return torch.eye(spec.columns) if pairs is None else tied_moment(pairs.whole.moment)
     assert pairs is not None
-    return pairs.whole.moment / pairs.whole.token_weight
+    return pairs.whole.second_moment
 
 
 class DriftSolver:
@@ -94,7 +94,7 @@ class DriftSolver:
             return {}
         token_weights = {spec.group: [self.token_weights[spec.group][number] for number in fit] for spec in asked}
         pairs = collect_pairs(model, None, [self.request.inputs[number] for number in fit], asked, token_weights)
-        return {group: pair.whole.moment / pair.whole.token_weight for group, pair in pairs.items()}
+        return {group: pair.whole.second_moment for group, pair in pairs.items()}
 
     def solve(
         self, model: nn.Module, members: Sequence[LayerSpec], weights: list[Tensor], generator: torch.Generator

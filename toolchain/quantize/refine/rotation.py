@@ -18,7 +18,7 @@ from torch import Tensor
 from toolchain.calibration.activations import TokenWeights, collect_pairs
 from toolchain.checkpoint.rotated import rotate_model
 from toolchain.quantize.driver.request import QuantizationRequest
-from toolchain.quantize.driver.sequence import group_generator
+from toolchain.quantize.driver.sequence import dense_weight, group_generator
 from toolchain.quantize.mgvq.bit_plan import offered_codes
 from toolchain.quantize.mgvq.proxy import expected_loss
 from toolchain.quantize.mgvq.run import MgvqRun
@@ -82,7 +82,7 @@ def try_rotations(
     for layer_batch in moment_batches(asked):
         moments = collect_pairs(request.model, None, request.inputs, layer_batch, token_weights)
         for group, members in groups_of(layer_batch).items():
-            weights = [request.model.get_parameter(f"{s.name}.weight").detach().flatten(1).float() for s in members]
+            weights = [dense_weight(request.model, spec) for spec in members]
             found[group] = _trial(weights, moments[group].whole.moment, pairs, request, group)
             done += len(members)
             progress.step(done, len(asked), "rotations")

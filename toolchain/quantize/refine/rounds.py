@@ -11,7 +11,7 @@ A round goes three times over the groups, and keeps what it has found in pieces 
     judged.η        nats of the model of that η                     η by η
 
 Resident at any time are both models, the quantized one with a decoded copy, the teacher's log-probabilities, the codes
-of two models, and of statistics those of one layer_batch: as many groups as `RoundOptions.batch_bytes` holds, one at
+of two models, and of statistics those of one layer batch: as many groups as `RoundOptions.batch_bytes` holds, one at
 least, counted as 12 m n bytes for G (its sum and two gradients of a sample), 12 n² for S_i (two halves and their sum)
 and 4 m² for S_o; while groups move, N, S_i and S_o of one group, twice while their file is written or read. A
 layer batch costs two backward passes over the samples fitted to and a forward pass over all, and where rows are coupled

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toolchain.models.configs import Config
 from toolchain.models.family import Family
 from toolchain.models.permutations import column_permutation, combined_energies
+from toolchain.quantize.driver.sequence import dense_weight
 from toolchain.quantize.refine.segmentation import energy_spread
 from toolchain.values import BitPlan, LayerSpec, parse_format
 from toolchain.vq.interleave import VECTOR, interleaved_permutation
@@ -73,7 +74,7 @@ def rank_columns(
     importance = {}
     for spec in specs:
         if spec.kind == "linear" and spec.group in energies:
-            weight = model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float()
+            weight = dense_weight(model, spec)
             importance[spec.name] = energies[spec.group] * weight.square().sum(dim=0)
     found = {}
     for free in family.free_permutations(config):

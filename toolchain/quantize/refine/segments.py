@@ -12,7 +12,7 @@ from torch import Tensor
 from toolchain.calibration.activations import Survey, TokenWeights, collect_pairs
 from toolchain.checkpoint.permuted import permute_model
 from toolchain.checkpoint.rotated import inverse_rotate_model, rotate_model
-from toolchain.quantize.driver.sequence import group_generator
+from toolchain.quantize.driver.sequence import dense_weight, group_generator
 from toolchain.quantize.mgvq.bit_plan import offered_codes, plan_for_losses
 from toolchain.quantize.mgvq.proxy import PROXY_CODES, quick
 from toolchain.quantize.mgvq.run import MgvqRun
@@ -116,7 +116,7 @@ def sort_columns(
 def _weights_and_moment(run: MgvqRun, token_weights: TokenWeights, group: str) -> tuple[list[Tensor], Tensor]:
     request = run.request
     members = [spec for spec in request.specs if spec.group == group]
-    weights = [request.model.get_parameter(f"{spec.name}.weight").detach().flatten(1).float() for spec in members]
+    weights = [dense_weight(request.model, spec) for spec in members]
     return weights, collect_pairs(request.model, None, request.inputs, members, token_weights)[group].whole.moment
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from toolchain.bits.codebook_sharing import PART
 from toolchain.calibration.activations import TokenWeights, collect_pairs
-from toolchain.files.store import ObjectStore
 from toolchain.quantize.driver.request import QuantizationRequest
-from toolchain.quantize.driver.sequence import group_generator
+from toolchain.quantize.driver.sequence import dense_weight, group_generator
 from toolchain.quantize.mgvq.proxy import row_weights_of
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.quantize.mgvq.sensitivity import moment_batches
@@ -27,37 +26,30 @@ SAMPLES = 4  # times as many as a group's own codebook trains on
 
 
 def shared_codebooks(run: MgvqRun, plan: BitPlan, token_weights: TokenWeights) -> dict[str, FixedCodebook]:
-    """Codebook id → the codebook, of those that the groups of a part share; none unless the recipe has parts own
-    them.
-    """
-    if run.recipe.codebooks != PART:
-        return {}
-    return train_part_codebooks(run.request, plan, token_weights, run.store, run.progress)
-
-
-def train_part_codebooks(
-    request: QuantizationRequest, plan: BitPlan, token_weights: TokenWeights, store: ObjectStore, progress: Progress
-) -> dict[str, FixedCodebook]:
-    """Codebook id → the codebook, of every part and code of the plan, kept in the store.
+    """Codebook id → the codebook, of every part and code of the plan, kept in the store; none unless the recipe has
+    parts own them.
 
     A codebook is trained on all groups and segments of its part that the plan gives its code; the others will not use
     it. What is random is drawn from the request's seed and the names of groups and codebooks.
 
     Args:
-        request: its model in full precision, with the column permutations that the sweep will meet.
+        run: its model in full precision, with the column permutations that the sweep will meet.
         plan: whose codebooks parts own (`bitplan.plan`).
     """
+    if run.recipe.codebooks != PART:
+        return {}
+    request = run.request
 
     def make() -> tuple[dict[str, Tensor], Any]:
-        pools = _drawn(request, plan, token_weights, progress)
+        pools = _drawn(request, plan, token_weights, run.progress)
         found = {}
         for done, (name, pool) in enumerate(pools.items(), start=1):
             # The seed's name is part of what a method's bytes depend on: it stays as checkpoints were made with it.
             found[name] = pool.codebook(request.options, group_generator(request.seed, f"table.{name}"))
-            progress.step(done, len(pools), "codebooks")
+            run.progress.step(done, len(pools), "codebooks")
         return {n: one.stored for n, one in found.items()}, {n: one.step for n, one in found.items()}
 
-    codebooks, steps = store.get_or_make("codebooks", make)
+    codebooks, steps = run.store.get_or_make("codebooks", make)
     return {name: FixedCodebook(stored, steps[name]) for name, stored in codebooks.items()}
 
 
@@ -103,7 +95,7 @@ def _draw_group(
 ) -> None:
     """Add what a group's layers give to the pools of their codebooks."""
     spec = members[0]
-    weights = [request.model.get_parameter(f"{s.name}.weight").detach().flatten(1).float() for s in members]
+    weights = [dense_weight(request.model, one) for one in members]
     moment = group_moment(spec, pairs).to(weights[0])
     rows = [row_weights_of(spec, weight) for weight in weights] if spec.kind == "embedding" else None
     layer = plan.layer(spec.name)

@@ -14,9 +14,7 @@ from toolchain.calibration.activations import TokenWeights, collect_pairs
 from toolchain.calibration.gradients import ROWS_UP_TO, collect_loss_statistics
 from toolchain.checkpoint.install import CODEBOOKS
 from toolchain.checkpoint.modules import vq_modules
-from toolchain.files.store import ObjectStore
 from toolchain.quantize.driver.request import QuantizationRequest
-from toolchain.quantize.mgvq.recipe import Recipe
 from toolchain.quantize.mgvq.run import MgvqRun
 from toolchain.quantize.refine.finetune import fine_tune
 from toolchain.quantize.refine.finetune_settings import FineTuneSettings
@@ -24,7 +22,7 @@ from toolchain.quantize.refine.finetune_state import packed, unpacked
 from toolchain.quantize.refine.kl_gradients import teacher_scores
 from toolchain.quantize.refine.round_moves import RoundOptions
 from toolchain.quantize.refine.rounds import Statistics, jacobi_round
-from toolchain.values import BitPlan, LayerSpec, Progress
+from toolchain.values import BitPlan, LayerSpec
 
 ROUNDS = 2
 UNFINISHED = "tune.steps"  # the piece that holds a fine-tuning on its way
@@ -34,20 +32,14 @@ def refine_model(run: MgvqRun, model: nn.Module, plan: BitPlan, token_weights: T
     """What the recipe has done to the whole quantized model, in place: "rounds" and "tune" → what came of it."""
     found: dict[str, Any] = {}
     if run.recipe.rounds:
-        found["rounds"] = refine_by_rounds(run.request, run.recipe, model, plan, token_weights, run.store, run.progress)
+        found["rounds"] = refine_by_rounds(run, model, plan, token_weights)
     if run.recipe.tune:
-        found["tune"] = refine_by_tuning(run.request, run.recipe, model, run.store, run.progress)
+        found["tune"] = refine_by_tuning(run, model)
     return found
 
 
 def refine_by_rounds(
-    request: QuantizationRequest,
-    recipe: Recipe,
-    model: nn.Module,
-    plan: BitPlan,
-    token_weights: TokenWeights,
-    store: ObjectStore,
-    progress: Progress,
+    run: MgvqRun, model: nn.Module, plan: BitPlan, token_weights: TokenWeights
 ) -> list[dict[str, Any]]:
     """At most ROUNDS Jacobi rounds, in place; what each did. The first that helps nothing is the last.
 
@@ -55,15 +47,16 @@ def refine_by_rounds(
     they are. What is held at a time, and what of a round that was killed is kept, `rounds` says.
 
     Args:
-        recipe: with `fisher` rows count by S_o, the second moment of the output gradients; else each alike.
-        model: quantized from `request.model`, with the same column permutations.
+        run: with its recipe's `fisher` rows count by S_o, the second moment of the output gradients; else each alike.
+        model: quantized from the request's, with the same column permutations.
     """
+    request, recipe, store = run.request, run.recipe, run.store
     linears = [spec for spec in request.specs if spec.kind != "embedding" and not spec.tied_to]
     stored = {spec.group for spec in request.specs if spec.tied_to}
     linears = [spec for spec in linears if spec.group not in stored and not plan.layer(spec.name).segments]
     statistics = Statistics(
         lambda specs: _moments(request, model, specs, token_weights),
-        lambda specs: _row_factors(request, specs, progress) if recipe.fisher else {},
+        lambda specs: _row_factors(run, specs) if recipe.fisher else {},
         ROWS_UP_TO if recipe.fisher else 0,
     )
     scores = None
@@ -83,7 +76,7 @@ def refine_by_rounds(
                 pieces,
                 RoundOptions(keeps_codebook=recipe.shares_codebooks),
                 seed=request.seed + number,
-                progress=progress,
+                progress=run.progress,
             )
             store.put(f"round.{number}", _state(model), asdict(result))
             found.append(asdict(result))
@@ -101,37 +94,35 @@ def _moments(
 ) -> dict[str, Tensor]:
     """Group → S_i float32[n, n]; the halves that it was added up in go with this call."""
     pairs = collect_pairs(model, None, request.inputs, specs, token_weights)
-    return {group: pair.whole.moment / pair.whole.token_weight for group, pair in pairs.items()}
+    return {group: pair.whole.second_moment for group, pair in pairs.items()}
 
 
-def _row_factors(request: QuantizationRequest, specs: Sequence[LayerSpec], progress: Progress) -> dict[str, Tensor]:
+def _row_factors(run: MgvqRun, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
     return collect_loss_statistics(
-        request.model,
-        request.inputs,
+        run.request.model,
+        run.request.inputs,
         specs,
         rows_up_to=ROWS_UP_TO,
-        seed=request.seed,
-        progress=progress,
+        seed=run.request.seed,
+        progress=run.progress,
         what="output factors",
     ).rows
 
 
-def refine_by_tuning(
-    request: QuantizationRequest, recipe: Recipe, model: nn.Module, store: ObjectStore, progress: Progress
-) -> dict[str, Any]:
+def refine_by_tuning(run: MgvqRun, model: nn.Module) -> dict[str, Any]:
     """Codebooks, scales, norms and biases fine-tuned in place; what that did. A killed run goes on after the last state
     kept, and ends in the same bytes. A part's codebook moves for all that use it; universal codebooks stay universal.
 
     Args:
-        model: quantized from `request.model`, with the same column permutations.
+        model: quantized from the request's, with the same column permutations.
 
     Raises:
         InputDataError: the state kept is damaged.
         UsageError: it is of another run.
     """
-
+    request, store = run.request, run.store
     settings = FineTuneSettings(kept_dtype=request.kept_dtype, seed=request.seed)
-    if recipe.codebooks == UNIVERSAL:
+    if run.recipe.codebooks == UNIVERSAL:
         settings = replace(settings, codebook_rate=0.0)
 
     def make() -> tuple[dict[str, Tensor], Any]:
@@ -141,7 +132,7 @@ def refine_by_tuning(
             request.model,
             request.inputs,
             settings,
-            progress=progress,
+            progress=run.progress,
             save=lambda state: store.put(UNFINISHED, *packed(state)),
             resume=None if kept is None else unpacked(*kept),
         )
@@ -154,7 +145,7 @@ def refine_by_tuning(
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything a refinement model stores: codes, scales, codebooks, and the parameters that stay."""
+    """Everything a quantized model stores: codes, scales, codebooks, and the parameters that stay."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
