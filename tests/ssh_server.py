@@ -42,7 +42,8 @@ for work in (back, watch):
 sent = 0
 while data := os.read(0, 65536):
     sent += len(data)
-    (folder / "sent").write_text(str(sent))
+    (folder / "sent.new").write_text(str(sent))
+    os.replace(folder / "sent.new", folder / "sent")  # never seen empty
     if most and sent > most:
         os._exit(1)
     link.sendall(data)
